@@ -1,0 +1,18 @@
+"""EngineConfig: what a user may set about an engine. None means: decided from the machine and the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    device: str | None = None  # "cuda", "cpu"; None: cuda where there is one
+    dtype: str = "auto"  # "auto": float32 on a CPU, the checkpoint's own on a GPU
+    max_num_seqs: int = 64  # sequences that run at once
+    max_model_len: int | None = None  # tokens of one sequence, prompt and output; None: the model's own limit
+    max_batched_tokens: int = 2048  # tokens computed in one step
+    block_size: int = 64  # tokens a cache block holds
+    cache_tokens: int | None = None  # tokens the cache holds; None: what memory allows
+    memory_fraction: float = 0.9  # of the GPU's memory, for weights, cache and work space together
+    prefix_cache: bool = True

@@ -1,0 +1,29 @@
+"""Feed-forward blocks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.kernels.silu_mul import silu_mul
+from engine.spec import GatedMLPSpec
+
+
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)); `gate_up` [2 I, hidden] is both input projections, `down` [hidden, I]."""
+
+    def __init__(self, spec: GatedMLPSpec, tensors: dict[str, Tensor]) -> None:
+        """`tensors`: gate_proj, up_proj, down_proj as `<name>.weight` and, where the spec has them, `<name>.bias`."""
+
+        def fused(kind: str) -> Tensor:
+            return torch.cat((tensors[f"gate_proj.{kind}"], tensors[f"up_proj.{kind}"]))
+
+        self.gate_up = fused("weight")
+        self.gate_up_bias = fused("bias") if spec.bias else None
+        self.down = tensors["down_proj.weight"]
+        self.down_bias = tensors["down_proj.bias"] if spec.bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        return F.linear(silu_mul(F.linear(x, self.gate_up, self.gate_up_bias)), self.down, self.down_bias)

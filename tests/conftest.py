@@ -1,0 +1,24 @@
+"""Where the real checkpoints and texts are, for the tests that want them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+MODELS = ("stories260K", "TinyStories-656K", "tinystories-gqa64")
+
+
+def shared(relative: str) -> Path:
+    """A file or folder under ../shared; skips the test, saying so, where it is absent."""
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"needs ../shared/{relative}")
+    return path
+
+
+@pytest.fixture(params=MODELS)
+def shared_model(request: pytest.FixtureRequest) -> Path:
+    """Each of the real checkpoints in turn."""
+    return shared(f"models/{request.param}")
