@@ -6,7 +6,6 @@ One projection gives [q | k | v]; q and k rotate together, and [k | v] is the ca
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.cache import cache_write
@@ -14,12 +13,13 @@ from engine.kernels.gqa_decode import gqa_decode
 from engine.kernels.gqa_prefill import gqa_prefill
 from engine.kernels.rope import rope_
 from engine.model.batch import Batch
+from engine.model.linear import Linear
 from engine.model.rotary import interleave
 from engine.spec import GQASpec
 
 
 class GQAttention:
-    """Weights in [out, in] layout: `qkv` [(H + 2 g) D, hidden], `o` [hidden, H D]."""
+    """`qkv` is [(H + 2 g) D, hidden], `o` [hidden, H D]."""
 
     def __init__(self, spec: GQASpec, tensors: dict[str, Tensor]) -> None:
         """`tensors`: q_proj, k_proj, v_proj, o_proj as `<name>.weight` and, where the spec has them, `<name>.bias`."""
@@ -30,15 +30,13 @@ class GQAttention:
             parts = [interleave(tensors[f"{name}.{kind}"], spec.rope, n) for name, n in heads.items()]
             return torch.cat([*parts, tensors[f"v_proj.{kind}"]])
 
-        self.qkv = fused("weight")
-        self.qkv_bias = fused("bias") if spec.qkv_bias else None
-        self.o = tensors["o_proj.weight"]
-        self.o_bias = tensors["o_proj.bias"] if spec.o_bias else None
+        self.qkv = Linear(fused("weight"), fused("bias") if spec.qkv_bias else None)
+        self.o = Linear(tensors["o_proj.weight"], tensors["o_proj.bias"] if spec.o_bias else None)
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor, table: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]; writes the tokens' rows into cache [num_blocks, block_size, 2 g D]."""
         s, d = self.spec, batch.num_decodes
-        qkv = F.linear(x, self.qkv, self.qkv_bias)
+        qkv = self.qkv(x)
         q_width = s.num_heads * s.head_dim
         rope_(qkv[:, : q_width + s.num_kv_heads * s.head_dim].unflatten(1, (-1, s.head_dim)), table)
         cache_write(cache, qkv[:, q_width:], batch.slots)
@@ -58,4 +56,4 @@ class GQAttention:
                 )
             )
         o = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return F.linear(o.flatten(1), self.o, self.o_bias)
+        return self.o(o.flatten(1))

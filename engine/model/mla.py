@@ -20,6 +20,7 @@ from engine.kernels.mla_prefill import merge_partial, mla_prefill
 from engine.kernels.norm import rms_norm
 from engine.kernels.rope import rope_
 from engine.model.batch import Batch
+from engine.model.linear import Linear
 from engine.model.rotary import interleave
 from engine.spec import MLASpec
 
@@ -27,7 +28,7 @@ EXPAND_TOKENS = 65536  # context tokens expanded at a time, over all prefills of
 
 
 class MLAttention:
-    """Weights in [out, in] layout; `kv_b` [H, n + v, r] holds each head's key rows, then its value rows."""
+    """`kv_b` [H, n + v, r] holds each head's key rows, then its value rows."""
 
     def __init__(self, spec: MLASpec, tensors: dict[str, Tensor]) -> None:
         """`tensors`, named as DeepSeek's: q_proj (or q_a_proj, q_a_layernorm, q_b_proj), kv_a_proj_with_mqa,
@@ -44,15 +45,13 @@ class MLAttention:
             kv = tensors[kv_name] if with_kv else like.new_zeros(spec.cache_width, *like.shape[1:])
             return self._fuse(q, kv)
 
-        self.qkv = fused("weight", True, True)
         biased = spec.q_bias or spec.kv_a_bias
-        self.qkv_bias = fused("bias", spec.q_bias, spec.kv_a_bias) if biased else None
+        self.qkv = Linear(fused("weight", True, True), fused("bias", spec.q_bias, spec.kv_a_bias) if biased else None)
         self.latent_norm = tensors["kv_a_layernorm.weight"] if spec.latent_norm_eps is not None else None
         self.kv_b = tensors["kv_b_proj.weight"].unflatten(0, (spec.num_heads, -1))
         self.k_up = self.kv_b[:, : spec.qk_nope_head_dim]  # [H, n, r]
         self.v_down = self.kv_b[:, spec.qk_nope_head_dim :].mT  # [H, r, v]
-        self.o = tensors["o_proj.weight"]
-        self.o_bias = tensors["o_proj.bias"] if spec.o_bias else None
+        self.o = Linear(tensors["o_proj.weight"], tensors["o_proj.bias"] if spec.o_bias else None)
 
     def _fuse(self, q: Tensor, kv: Tensor) -> Tensor:
         """Checkpoint rows (per head [nope | rope], then [latent | rope keys]) -> the order this module works in."""
@@ -68,7 +67,7 @@ class MLAttention:
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor, table: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]; writes the tokens' rows into cache [num_blocks, block_size, r + G dr]."""
         s, d = self.spec, batch.num_decodes
-        qkv = F.linear(x, self.qkv, self.qkv_bias)  # [T, r + G dr + H dr + H n]
+        qkv = self.qkv(x)  # [T, r + G dr + H dr + H n]
         rope_end = s.cache_width + s.num_heads * s.qk_rope_head_dim
         if self.latent_norm is not None and s.latent_norm_eps is not None:
             qkv[:, : s.kv_lora_rank] = rms_norm(qkv[:, : s.kv_lora_rank], self.latent_norm, s.latent_norm_eps)
@@ -83,7 +82,7 @@ class MLAttention:
         if batch.num_prefills:
             outs.append(self._prefill(torch.cat((q_nope[d:], q_rope[d:]), -1), batch, cache))
         o = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return F.linear(o.flatten(1), self.o, self.o_bias)
+        return self.o(o.flatten(1))
 
     def _decode(self, q_nope: Tensor, q_rope: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         """q_nope [B, H, n], q_rope [B, H, dr] -> [B, H, v], in the latent space."""

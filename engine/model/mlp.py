@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.silu_mul import silu_mul
+from engine.model.linear import Linear
 from engine.spec import GatedMLPSpec
 
 
@@ -19,11 +19,9 @@ class GatedMLP:
         def fused(kind: str) -> Tensor:
             return torch.cat((tensors[f"gate_proj.{kind}"], tensors[f"up_proj.{kind}"]))
 
-        self.gate_up = fused("weight")
-        self.gate_up_bias = fused("bias") if spec.bias else None
-        self.down = tensors["down_proj.weight"]
-        self.down_bias = tensors["down_proj.bias"] if spec.bias else None
+        self.gate_up = Linear(fused("weight"), fused("bias") if spec.bias else None)
+        self.down = Linear(tensors["down_proj.weight"], tensors["down_proj.bias"] if spec.bias else None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        return F.linear(silu_mul(F.linear(x, self.gate_up, self.gate_up_bias)), self.down, self.down_bias)
+        return self.down(silu_mul(self.gate_up(x)))

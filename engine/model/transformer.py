@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.kernels.norm import add_rms_norm, rms_norm
 from engine.model.batch import Batch
 from engine.model.gqa import GQAttention
+from engine.model.linear import Linear
 from engine.model.mla import MLAttention
 from engine.model.mlp import GatedMLP
 from engine.model.rotary import Rotary
@@ -75,7 +76,7 @@ class Transformer:
         self.spec = spec
         self.embedding = outer["embed_tokens.weight"]
         self.norm = outer["norm.weight"]
-        self.head = self.embedding if spec.tie_embeddings else outer["lm_head.weight"]
+        self.head = Linear(self.embedding if spec.tie_embeddings else outer["lm_head.weight"])
         self.layers = [Layer(s, spec.norm_eps, t) for s, t in zip(spec.layers, layers, strict=True)]
         keys = [rope_key(layer.attention) for layer in spec.layers]
         self.rotary = Rotary(keys, self.embedding.device)
@@ -106,4 +107,4 @@ class Transformer:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, hidden] -> [n, vocab], in the model's dtype."""
-        return F.linear(hidden, self.head)
+        return self.head(hidden)
