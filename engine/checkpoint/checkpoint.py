@@ -6,44 +6,105 @@ missing, extra or mis-shaped was refused by name when it was opened, from the fi
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from engine.checkpoint import mla_format
+from engine.checkpoint.generation import GenerationDefaults, read_generation_defaults
+from engine.checkpoint.json_file import read_json_object
+from engine.checkpoint.layout import DTYPES, check_tensors, expected_tensors, layer_tensors, outer_tensors, stored_name
+from engine.checkpoint.llama import read_llama, read_mistral, read_qwen2
+from engine.checkpoint.tensor_files import StoredTensor, TensorFiles
+from engine.errors import CheckpointError
 from engine.spec import ModelSpec
+
+__all__ = ["Checkpoint", "GenerationDefaults", "open_checkpoint"]
+
+# model_type -> reader: (config.json, dtype of the stored weights) -> ModelSpec. Families are told apart here alone.
+READERS: dict[str, Callable[[dict[str, Any], str], ModelSpec]] = {
+    "llama": read_llama,
+    "mistral": read_mistral,
+    "qwen2": read_qwen2,
+    mla_format.MODEL_TYPE: mla_format.spec_from_config,
+}
+
+EMBEDDING, HEAD = stored_name("embed_tokens.weight"), stored_name("lm_head.weight")
+# Buffers that older versions of `transformers` stored along with the weights; the config says the same.
+IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
-class GenerationDefaults:
-    """What generation_config.json (and, failing that, config.json) says; None where it says nothing."""
-
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-
-
 class Checkpoint:
-    """An opened checkpoint folder."""
+    """An opened checkpoint folder. A tensor that holds NaN or infinity is a CheckpointError when it is read."""
 
     path: Path
     spec: ModelSpec
     generation: GenerationDefaults
     config: dict[str, Any]  # config.json as it stands
+    _files: TensorFiles
 
     def outer(self) -> dict[str, Tensor]:
         """embed_tokens.weight, norm.weight and, unless tied, lm_head.weight, in the stored dtype, on the CPU."""
-        raise NotImplementedError
+        stored, load = self._files.entries, self._files.load
+        names = {name: stored_name(name) for name in outer_tensors(self.spec)}
+        if EMBEDDING not in stored:  # a tied pair stored as its other copy
+            names["embed_tokens.weight"] = HEAD
+        tensors = {name: load(source) for name, source in names.items()}
+        both = self.spec.tie_embeddings and EMBEDDING in stored and HEAD in stored
+        if both and not torch.equal(tensors["embed_tokens.weight"], load(HEAD)):
+            raise CheckpointError(f"{self.path}: config.json ties the embeddings, but {EMBEDDING} and {HEAD} differ")
+        return tensors
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        """One layer's tensors, named without `model.layers.<i>.`: input_layernorm.weight, self_attn.q_proj.weight, ..."""
-        raise NotImplementedError
+        """One layer's tensors, named without `model.layers.<i>.`: self_attn.q_proj.weight and so on."""
+        names = layer_tensors(self.spec.layers[index], self.spec.hidden_size)
+        return {name: self._files.load(stored_name(name, index)) for name in names}
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a Hugging Face folder or one in this project's format. Raises CheckpointError."""
-    raise NotImplementedError
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; a model is given as the folder that holds its config.json")
+    config = read_json_object(folder / "config.json")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in READERS:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type {model_type!r:.60} is not supported; supported: {', '.join(READERS)}"
+        )
+    files = TensorFiles(folder)
+    entries = {name: entry for name, entry in files.entries.items() if not IGNORED.fullmatch(name)}
+    try:
+        spec = READERS[model_type](config, _stored_dtype(folder, entries))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    _check_stored(folder, spec, entries)
+    return Checkpoint(folder, spec, read_generation_defaults(folder, config), config, files)
+
+
+def _stored_dtype(folder: Path, entries: dict[str, StoredTensor]) -> str:
+    """The embedding's dtype, which is taken for the model's; every tensor must be of a supported one."""
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{folder / entry.file}: tensor {name} has dtype {entry.dtype}; supported: {', '.join(DTYPES)}"
+            )
+    embedding = entries.get(EMBEDDING) or entries.get(HEAD)
+    if embedding is None:
+        raise CheckpointError(f"{folder}: missing tensors: {EMBEDDING}")
+    return embedding.dtype
+
+
+def _check_stored(folder: Path, spec: ModelSpec, entries: dict[str, StoredTensor]) -> None:
+    expected = expected_tensors(spec)
+    if spec.tie_embeddings and HEAD in entries:  # either copy of a tied pair will do, or both
+        expected[HEAD] = expected[EMBEDDING]
+        if EMBEDDING not in entries:
+            del expected[EMBEDDING]
+    check_tensors(folder, expected, entries)

@@ -1,0 +1,85 @@
+"""From a checkpoint on disk to a Transformer on a device, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.errors import CapacityError, CheckpointError, EngineError
+from engine.model.transformer import Transformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    model: Checkpoint | str | Path,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    progress: bool = False,
+) -> Transformer:
+    """Load a model. The host holds one layer at a time where the device is a GPU.
+
+    `device` None: cuda where there is one. `dtype` "auto": float32 on a CPU, the checkpoint's own on a GPU. Raises
+    CheckpointError for a bad checkpoint or for weights beyond the dtype's range, CapacityError where the device is too
+    small, EngineError for a device or dtype that does not exist.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    target = resolve_device(device)
+    kind = resolve_dtype(dtype, checkpoint.spec.dtype, target)
+
+    def placed(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+        return {
+            name: _cast(tensor, target, kind, f"{checkpoint.path}: {where}{name}") for name, tensor in tensors.items()
+        }
+
+    def layers() -> Iterator[dict[str, Tensor]]:
+        for i in tqdm(range(len(checkpoint.spec.layers)), "loading", unit="layer", disable=not progress):
+            yield placed(checkpoint.layer(i), f"layer {i}: ")
+
+    try:
+        return Transformer(checkpoint.spec, placed(checkpoint.outer(), ""), layers())
+    except torch.OutOfMemoryError:
+        raise CapacityError(
+            f"the weights of {checkpoint.path} do not fit on {target} in {dtype_name(kind)}; use a smaller dtype"
+        ) from None
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device meant; None: cuda where there is one. Raises EngineError where it does not exist."""
+    available = torch.cuda.is_available()
+    if device is None:
+        return torch.device("cuda" if available else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise EngineError(f"device {device!r} is not known; use cpu or cuda") from None
+    if target.type not in ("cpu", "cuda"):
+        raise EngineError(f"device {target.type} is not supported; use cpu or cuda")
+    if target.type == "cuda" and (not available or (target.index or 0) >= torch.cuda.device_count()):
+        raise EngineError(f"device {target} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    return target
+
+
+def resolve_dtype(dtype: str, stored: str, device: torch.device) -> torch.dtype:
+    """The dtype meant; "auto": float32 on a CPU, `stored` on a GPU. Raises EngineError where it is not known."""
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else stored
+    if dtype not in DTYPES:
+        raise EngineError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cast(tensor: Tensor, device: torch.device, dtype: torch.dtype, where: str) -> Tensor:
+    moved = tensor.to(device, dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and not torch.isfinite(moved).all():
+        raise CheckpointError(f"{where}: has weights beyond float16's range; use bfloat16 or float32")
+    return moved
