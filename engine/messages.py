@@ -35,6 +35,7 @@ class Output(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop_token_ids entry that ended it; None for the model's end token
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    error: str | None = None  # why the engine itself had to end it; its finish_reason is then "abort"
 
 
 class EngineStats(msgspec.Struct, kw_only=True):

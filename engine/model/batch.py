@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,38 +35,42 @@ class Batch:
     @classmethod
     def build(
         cls,
-        computed: list[int],
-        counts: list[int],
-        block_tables: list[list[int]],
+        computed: np.ndarray,
+        counts: np.ndarray,
+        block_tables: np.ndarray,
         block_size: int,
         device: torch.device | str = "cpu",
     ) -> Batch:
-        """Sequence b computes tokens [computed[b], computed[b] + counts[b]); those with counts of 1 may lead as decodes."""
-        num_decodes = next((i for i, count in enumerate(counts) if count != 1), len(counts))
-        positions, slots = [], []
-        for start, count, table in zip(computed, counts, block_tables, strict=True):
-            for position in range(start, start + count):
-                positions.append(position)
-                slots.append(table[position // block_size] * block_size + position % block_size)
-        widest = max(map(len, block_tables))
-        kv_lens = [start + count for start, count in zip(computed, counts, strict=True)]
-        cu_q = [0]
-        for count in counts[num_decodes:]:
-            cu_q.append(cu_q[-1] + count)
+        """Sequence b computes tokens [computed[b], computed[b] + counts[b]); those with counts of 1 may lead as decodes.
 
-        def ints(values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        computed, counts int64 [B]; block_tables int32 [B, max_blocks], whose entries past a sequence's last block are
+        any valid ones. The arrays are the Batch's from now on: on a CPU its tensors share their memory.
+        """
+        num_seqs, kv_lens = len(counts), computed + counts
+        chunked = np.flatnonzero(counts != 1)
+        num_decodes = int(chunked[0]) if len(chunked) else num_seqs
+        sequence, positions = np.arange(num_seqs), computed
+        if num_decodes < num_seqs:
+            ends = np.cumsum(counts)
+            sequence = np.repeat(sequence, counts)
+            positions = np.arange(ends[-1]) + (kv_lens - ends)[sequence]
+        blocks, offsets = np.divmod(positions, block_size)
+        cu_q = np.zeros(num_seqs - num_decodes + 1, np.int32)
+        np.cumsum(counts[num_decodes:], out=cu_q[1:])
+
+        def to_device(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(device, non_blocking=True)
 
         return cls(
-            positions=ints(positions, torch.int64),
-            slots=ints(slots, torch.int64),
-            block_tables=ints([table + [0] * (widest - len(table)) for table in block_tables], torch.int32),
-            kv_lens=ints(kv_lens, torch.int32),
+            positions=to_device(positions),
+            slots=to_device(block_tables[sequence, blocks] * np.int64(block_size) + offsets),
+            block_tables=to_device(block_tables),
+            kv_lens=to_device(kv_lens.astype(np.int32)),
             num_decodes=num_decodes,
-            max_decode_kv=max(kv_lens[:num_decodes], default=0),
-            cu_q=ints(cu_q, torch.int32),
-            q_lens=tuple(counts[num_decodes:]),
-            prefill_kv_lens=tuple(kv_lens[num_decodes:]),
+            max_decode_kv=int(kv_lens[:num_decodes].max()) if num_decodes else 0,
+            cu_q=to_device(cu_q),
+            q_lens=tuple(counts[num_decodes:].tolist()),
+            prefill_kv_lens=tuple(kv_lens[num_decodes:].tolist()),
         )
 
     @classmethod
@@ -74,6 +79,5 @@ class Batch:
 
         Needs a cache of num_seqs * ceil(length / block_size) blocks.
         """
-        per = -(-length // block_size)
-        tables = [list(range(b * per, (b + 1) * per)) for b in range(num_seqs)]
-        return cls.build([0] * num_seqs, [length] * num_seqs, tables, block_size, device)
+        tables = np.arange(num_seqs * -(-length // block_size), dtype=np.int32).reshape(num_seqs, -1)
+        return cls.build(np.zeros(num_seqs, np.int64), np.full(num_seqs, length), tables, block_size, device)
