@@ -29,16 +29,18 @@ class PieceDecoder:
     replacements: tuple[tuple[str, str], ...] = ()
     byte_fallback: bool = False
     strip_left: str = ""  # dropped once from the start of a text, where it starts so
-    metaspace_first: str = ""  # dropped wherever it occurs in a sequence's first token (Metaspace decoder)
+    metaspace: str = ""  # a space's mark that is dropped, not replaced, in a sequence's first token
 
-    def piece(self, entry: str) -> Piece:
-        """The piece of a vocabulary entry, were it not the first of its text."""
+    def piece(self, entry: str, first: bool = False) -> Piece:
+        """The piece of a vocabulary entry; `first`: of the first token of a sequence."""
         if self.byte_level:
             table = _byte_of_char()
             try:
                 return bytes([table[char] for char in entry])
             except KeyError:  # an added token that is not spelled in the byte alphabet stands for itself
                 return entry.encode()
+        if first and self.metaspace:
+            entry = entry.replace(self.metaspace, "")
         for old, new in self.replacements:
             entry = entry.replace(old, new)
         if self.byte_fallback and len(entry) == 6 and entry.startswith("<0x") and entry.endswith(">"):
@@ -58,7 +60,7 @@ def parse_decoder(decoder: dict[str, Any] | None, origin: str) -> PieceDecoder:
     if kinds == ["Metaspace"]:
         mark = steps[0].get("replacement", "▁")
         drops = steps[0].get("prepend_scheme", "always") != "never" and steps[0].get("add_prefix_space", True)
-        return PieceDecoder(byte_level=False, replacements=((mark, " "),), metaspace_first=mark if drops else "")
+        return PieceDecoder(byte_level=False, replacements=((mark, " "),), metaspace=mark if drops else "")
     replacements: list[tuple[str, str]] = []
     while steps and steps[0].get("type") == "Replace" and "String" in steps[0].get("pattern", {}):
         replacements.append((steps[0]["pattern"]["String"], steps[0]["content"]))

@@ -107,6 +107,11 @@ class Tokenizer:
             piece = self._piece_of[token_id] = "" if entry is None else self.pieces.piece(entry)
         return piece
 
+    def first_piece(self, token_id: int) -> Piece:
+        """The same, of the first token of a text."""
+        entry = self._backend.id_to_token(token_id)
+        return "" if entry is None else self.pieces.piece(entry, first=True)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The token's own bytes, which need not be whole characters."""
         piece = self.piece(token_id)
