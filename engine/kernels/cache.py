@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def cache_write_torch(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
-    cache.view(-1, cache.shape[-1])[slots] = rows.to(cache.dtype)
+    cache.view(-1, cache.shape[-1]).index_copy_(0, slots, rows.to(cache.dtype))
 
 
 def cache_write(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
@@ -34,3 +34,20 @@ def cache_gather(cache: Tensor, block_tables: Tensor, starts: Tensor, cu_rows: T
     block_tables int32 [B, max_blocks]; starts int32 [B]; cu_rows int32 [B + 1]; total == cu_rows[-1].
     """
     return cache_gather_torch(cache, block_tables, starts, cu_rows, total)
+
+
+def padded_rows(cache: Tensor, block_tables: Tensor, kv_lens: Tensor, max_kv_len: int) -> tuple[Tensor, Tensor | None]:
+    """Every sequence's rows, padded to the longest -> ([B, max_kv_len, width], bool [B, max_kv_len] of the padding).
+
+    The padding repeats the sequence's own last row, so nothing stale is read; it is None where there is none. Plain
+    torch, for the definitions of decode attention. max_kv_len == max(kv_lens).
+    """
+    num_seqs, block_size, width = len(kv_lens), cache.shape[1], cache.shape[2]
+    if num_seqs == 1:
+        blocks = block_tables[0, : -(-max_kv_len // block_size)]
+        return cache.flatten(1).index_select(0, blocks).view(1, -1, width)[:, :max_kv_len], None
+    positions = torch.arange(max_kv_len, device=cache.device)
+    own = torch.minimum(positions, (kv_lens[:, None] - 1).clamp_(min=0))
+    index = block_tables.gather(1, own // block_size) * block_size + own % block_size
+    rows = cache.view(-1, width).index_select(0, index.flatten()).view(num_seqs, max_kv_len, width)
+    return rows, positions >= kv_lens[:, None]

@@ -5,20 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels.cache import padded_rows
+
 
 def gqa_decode_torch(
     q: Tensor, cache: Tensor, block_tables: Tensor, kv_lens: Tensor, num_kv_heads: int, scale: float, max_kv_len: int
 ) -> Tensor:
     """The definition, one padded gather for the batch. An empty sequence (kv_len 0) gives zeros."""
-    num_seqs, num_heads, head_dim = q.shape
-    num_blocks = -(-max_kv_len // cache.shape[1])
-    rows = cache[block_tables[:, :num_blocks].long()].flatten(1, 2)  # [B, S, 2 g D]
-    invalid = torch.arange(rows.shape[1], device=q.device) >= kv_lens[:, None]  # [B, S]
-    rows = rows.to(q.dtype).masked_fill(invalid[:, :, None], 0)
-    keys, values = rows.unflatten(-1, (2, num_kv_heads, head_dim)).permute(2, 0, 3, 1, 4)  # [B, g, S, D] each
-    scores = q.view(num_seqs, num_kv_heads, -1, head_dim) @ keys.mT * scale  # [B, g, H/g, S]
-    weights = scores.masked_fill(invalid[:, None, None], float("-inf")).softmax(-1).nan_to_num(0.0)
-    return (weights @ values).view(num_seqs, num_heads, head_dim)
+    head_dim = q.shape[2]
+    rows, padding = padded_rows(cache, block_tables, kv_lens, max_kv_len)
+    # One KV head at a time: a batch over sequences and heads together would have to copy the keys first.
+    heads = rows.to(q.dtype).split(head_dim, -1)  # g of keys, then g of values, [B, S, D] each
+    queries = q.unflatten(1, (num_kv_heads, -1))  # [B, g, H/g, D]
+    outs = []
+    for i in range(num_kv_heads):
+        scores = torch.baddbmm(q.new_empty(()), queries[:, i], heads[i].mT, beta=0, alpha=scale)  # [B, H/g, S]
+        if padding is not None:
+            scores.masked_fill_(padding[:, None], float("-inf"))
+        outs.append(scores.softmax(-1) @ heads[num_kv_heads + i])
+    out = torch.cat(outs, 1)
+    return out if padding is None else out.masked_fill_((kv_lens == 0)[:, None, None], 0)
 
 
 def gqa_decode(
@@ -26,6 +32,6 @@ def gqa_decode(
 ) -> Tensor:
     """q [B, H, D] -> [B, H, D]; cache [num_blocks, block_size, 2 g D], a row being [keys | values]; head h reads h*g//H.
 
-    block_tables int32 [B, max_blocks]; kv_lens int32 [B]; max_kv_len >= max(kv_lens), on the host.
+    block_tables int32 [B, max_blocks]; kv_lens int32 [B]; max_kv_len == max(kv_lens), on the host.
     """
     return gqa_decode_torch(q, cache, block_tables, kv_lens, num_kv_heads, scale, max_kv_len)

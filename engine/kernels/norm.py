@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,10 +15,10 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension: x [T, d], weight [d] -> [T, d]."""
-    return rms_norm_torch(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps) if x.dtype == torch.float32 else rms_norm_torch(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual [T, d] -> (rms_norm(x + residual), x + residual)."""
     total = x + residual
-    return rms_norm_torch(total, weight, eps), total
+    return rms_norm(total, weight, eps), total
