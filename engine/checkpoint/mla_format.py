@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from engine.checkpoint.json_file import typed
 from engine.checkpoint.layout import check_spec
@@ -46,8 +46,8 @@ def spec_from_config(config: dict[str, Any], dtype: str) -> ModelSpec:
     version = config.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise CheckpointError(f"format_version {version!r:.40} is not supported; supported: {FORMAT_VERSION}")
-    outer_fields = {field.name for field in fields(ModelSpec)} - {"layers"}
-    _check_keys(config, outer_fields | {"model_type", "format_version", "ropes", "layers"}, "")
+    outer = {name: hint for name, hint in get_type_hints(ModelSpec).items() if name != "layers"}
+    _check_keys(config, outer.keys() | {"model_type", "format_version", "ropes", "layers"}, "")
     if config["dtype"] != dtype:
         raise CheckpointError(f"dtype is {config['dtype']!r:.40}, but the weights are stored in {dtype}")
     ropes = _objects(config["ropes"], "ropes")
@@ -63,8 +63,7 @@ def spec_from_config(config: dict[str, Any], dtype: str) -> ModelSpec:
         layers.append(
             LayerSpec(_read(attention, MLASpec, f"{where}.attention"), _read(mlp, GatedMLPSpec, f"{where}.mlp"))
         )
-    outer = typed({name: config[name] for name in outer_fields} | {"layers": []}, ModelSpec)
-    spec = ModelSpec(**{name: getattr(outer, name) for name in outer_fields}, layers=tuple(layers))
+    spec = ModelSpec(**{name: typed(config[name], hint, name) for name, hint in outer.items()}, layers=tuple(layers))
     check_spec(spec)
     return spec
 

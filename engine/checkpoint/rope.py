@@ -99,7 +99,7 @@ class _Yarn(_Default):
         return of(1.0)
 
 
-_KINDS: dict[str, type[_Default]] = {"default": _Default, "linear": _Linear, "llama3": _Llama3, "yarn": _Yarn}
+KINDS: dict[str, type[_Default]] = {"default": _Default, "linear": _Linear, "llama3": _Llama3, "yarn": _Yarn}
 
 
 def read_rope(config: dict[str, Any], head_dim: int, max_position: int) -> RopeSpec:
@@ -111,9 +111,9 @@ def read_rope(config: dict[str, Any], head_dim: int, max_position: int) -> RopeS
     outer = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     parameters = {name: value for name, value in {**outer, **given}.items() if value is not None}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise CheckpointError(f"{key}: rope_type {kind!r:.40} is not supported; supported: {', '.join(_KINDS)}")
-    rope = typed(parameters, _KINDS[kind], key)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise CheckpointError(f"{key}: rope_type {kind!r:.40} is not supported; supported: {', '.join(KINDS)}")
+    rope = typed(parameters, KINDS[kind], key)
     if rope.partial_rotary_factor != 1:
         raise CheckpointError(f"partial_rotary_factor {rope.partial_rotary_factor} is not supported; supported: 1")
     try:

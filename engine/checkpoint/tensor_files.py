@@ -57,7 +57,7 @@ class TensorFiles:
             _check_index(index, weight_map, self.entries)
 
     def load(self, name: str) -> Tensor:
-        """A tensor in its stored dtype, on the CPU, mapped from the file. Raises CheckpointError for NaN or infinity."""
+        """A tensor in its stored dtype, on the CPU, mapped from its file. Raises CheckpointError for NaN or Inf."""
         entry = self.entries[name]
         try:
             tensor: Tensor = self._handles[entry.file].get_tensor(name)
@@ -74,7 +74,9 @@ def _open(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file, though {INDEX} names it") from None
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    except SafetensorError as error:
         hint = "; it is a Git LFS pointer, fetch the file itself" if _is_lfs_pointer(path) else ""
         raise CheckpointError(f"{path}: truncated or corrupt: {error}{hint}") from None
 
@@ -93,8 +95,10 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing, empty or not an object")
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not file or Path(file).name != file or "\0" in file:
-            raise CheckpointError(f"{path}: weight_map: {tensor}: expected a file name, not {file!r}")
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors") or "\0" in file:
+            raise CheckpointError(
+                f"{path}: weight_map: {tensor}: expected the name of a safetensors file, not {file!r:.60}"
+            )
     return weight_map
 
 

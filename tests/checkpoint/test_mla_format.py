@@ -1,0 +1,189 @@
+"""This project's own config.json: exact round trips, a file fixed for all time, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.checkpoint import open_checkpoint
+from engine.checkpoint.mla_format import config_from_spec, format_config, spec_from_config
+from engine.errors import CheckpointError
+from engine.spec import GatedMLPSpec, GQASpec, LayerSpec, MLASpec, ModelSpec, RopeSpec
+from tests.checkpoint.folders import llama_folder
+
+PLAIN = MLASpec(
+    num_heads=4, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=6, softmax_scale=6**-0.5,
+    rope=RopeSpec((1.0,)),
+)  # fmt: skip
+RICH = MLASpec(
+    num_heads=4, kv_lora_rank=5, qk_nope_head_dim=0, qk_rope_head_dim=4, v_head_dim=3, softmax_scale=0.25,
+    rope=RopeSpec((1.0, 0.1, 0.5, 1 / 3), "interleaved", 1.25), rope_groups=2, latent_norm_eps=1e-6, q_bias=True,
+    kv_a_bias=True, o_bias=True,
+)  # fmt: skip
+SMALL = ModelSpec(
+    vocab_size=16, hidden_size=8, norm_eps=1e-5, max_position_embeddings=32, tie_embeddings=False, dtype="float32",
+    layers=(LayerSpec(PLAIN, GatedMLPSpec(12)), LayerSpec(RICH, GatedMLPSpec(10, True))),
+)  # fmt: skip
+
+# As version 1 was written; a change that breaks this text breaks every converted model on disk.
+FIXED = """{
+  "model_type": "mla_server",
+  "format_version": 1,
+  "vocab_size": 16,
+  "hidden_size": 8,
+  "norm_eps": 1e-05,
+  "max_position_embeddings": 32,
+  "tie_embeddings": false,
+  "dtype": "float32",
+  "ropes": [
+    {"inv_freq": [1.0], "layout": "half", "scale": 1.0},
+    {"inv_freq": [1.0, 0.1, 0.5, 0.3333333333333333], "layout": "interleaved", "scale": 1.25}
+  ],
+  "layers": [
+    {"attention": {"kind": "mla", "num_heads": 4, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, \
+"v_head_dim": 6, "softmax_scale": 0.408248290463863, "rope": 0, "rope_groups": 1, "q_lora_rank": null, \
+"latent_norm_eps": null, "q_bias": false, "kv_a_bias": false, "o_bias": false}, \
+"mlp": {"kind": "gated_silu", "intermediate_size": 12, "bias": false}},
+    {"attention": {"kind": "mla", "num_heads": 4, "kv_lora_rank": 5, "qk_nope_head_dim": 0, "qk_rope_head_dim": 4, \
+"v_head_dim": 3, "softmax_scale": 0.25, "rope": 1, "rope_groups": 2, "q_lora_rank": null, \
+"latent_norm_eps": 1e-06, "q_bias": true, "kv_a_bias": true, "o_bias": true}, \
+"mlp": {"kind": "gated_silu", "intermediate_size": 10, "bias": true}}
+  ]
+}
+"""
+
+positive = st.floats(min_value=5e-324, max_value=1e300, allow_subnormal=True)
+frequency = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def attentions(draw: st.DrawFn) -> MLASpec:
+    groups, half = draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    count = groups * half
+    return MLASpec(
+        num_heads=groups * draw(st.integers(1, 4)),
+        kv_lora_rank=draw(st.integers(1, 512)),
+        qk_nope_head_dim=draw(st.integers(0 if half else 1, 128)),
+        qk_rope_head_dim=2 * half,
+        v_head_dim=draw(st.integers(1, 128)),
+        softmax_scale=draw(positive),
+        rope=RopeSpec(
+            tuple(draw(st.lists(frequency, min_size=count, max_size=count))),
+            draw(st.sampled_from(["half", "interleaved"])),
+            draw(positive),
+        ),
+        rope_groups=groups,
+        latent_norm_eps=draw(st.none() | positive),
+        q_bias=draw(st.booleans()),
+        kv_a_bias=draw(st.booleans()),
+        o_bias=draw(st.booleans()),
+    )
+
+
+layers = st.builds(LayerSpec, attentions(), st.builds(GatedMLPSpec, st.integers(1, 99), st.booleans()))
+specs = st.builds(
+    ModelSpec,
+    vocab_size=st.integers(1, 200_000),
+    hidden_size=st.integers(1, 9000),
+    norm_eps=positive,
+    max_position_embeddings=st.integers(1, 2**31),
+    tie_embeddings=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    layers=st.lists(layers, min_size=1, max_size=4).map(tuple),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(specs)
+def test_round_trip(spec):
+    """Through the text of the file, so floats included; equality is to the bit but for the sign of zero."""
+    assert spec_from_config(json.loads(format_config(config_from_spec(spec))), spec.dtype) == spec
+
+
+def test_text_of_version_1():
+    assert format_config(config_from_spec(SMALL)) == FIXED
+    assert spec_from_config(json.loads(FIXED), "float32") == SMALL
+
+
+def test_layers_that_rotate_alike_share_an_entry():
+    many = ModelSpec(16, 8, 1e-5, 32, False, "float32", SMALL.layers * 40)
+    assert len(config_from_spec(many)["ropes"]) == 2
+
+
+def test_gqa_is_not_stored():
+    gqa = LayerSpec(GQASpec(4, 2, 4, 0.5, RopeSpec((1.0, 0.1))), GatedMLPSpec(12))
+    with pytest.raises(CheckpointError, match="layer 1"):
+        config_from_spec(ModelSpec(16, 8, 1e-5, 32, False, "float32", (SMALL.layers[0], gqa)))
+
+
+def change(path: str, value: Any) -> dict[str, Any]:
+    """SMALL's config with the value at `path` ("layers.1.mlp.bias") set, or removed for `...`."""
+    config: Any = json.loads(FIXED)
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    place = config
+    for part in parents:
+        place = place[part]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "names"),
+    [
+        ("format_version", 2, ("format_version 2", "1")),
+        ("format_version", "1", ("format_version",)),
+        ("format_version", True, ("format_version",)),
+        ("format_version", ..., ("format_version",)),
+        ("dtype", "bfloat16", ("dtype", "bfloat16", "float32")),
+        ("vocab_size", ..., ("missing", "vocab_size")),
+        ("vocab_size", "16", ("vocab_size", "int")),
+        ("vocab_size", 0, ("vocab_size",)),
+        ("norm_eps", -1.0, ("norm_eps",)),
+        ("softcap", 30.0, ("unknown", "softcap")),
+        ("ropes", {}, ("ropes",)),
+        ("ropes.1", 3, ("ropes",)),
+        ("ropes.1.layout", "spiral", ("ropes[1].layout", "spiral")),
+        ("ropes.1.scale", 0.0, ("layer 1", "scale")),
+        ("ropes.1.inv_freq", [1.0], ("layer 1", "inv_freq", "expected 4")),
+        ("ropes.1.inv_freq.2", "x", ("ropes[1].inv_freq[2]",)),
+        ("ropes.0.twist", 1, ("ropes[0]", "twist")),
+        ("layers", [], ("no layers",)),
+        ("layers", 3, ("layers",)),
+        ("layers.1", [], ("layers",)),
+        ("layers.1.attention", 3, ("layers[1].attention",)),
+        ("layers.1.attention.kind", "gqa", ("layers[1].attention", "kind", "gqa", "mla")),
+        ("layers.1.attention.rope", 2, ("layers[1].attention.rope", "2")),
+        ("layers.1.attention.rope", -1, ("layers[1].attention.rope",)),
+        ("layers.1.attention.rope", True, ("layers[1].attention.rope",)),
+        ("layers.1.attention.kv_lora_rank", ..., ("layers[1].attention", "missing", "kv_lora_rank")),
+        ("layers.1.attention.kv_lora_rank", 6.5, ("layers[1].attention.kv_lora_rank",)),
+        ("layers.1.attention.kv_lora_rank", 0, ("layer 1", "kv_lora_rank")),
+        ("layers.1.attention.rope_groups", 3, ("layer 1", "3 rope groups")),
+        ("layers.1.attention.q_lora_rank", 4, ("layer 1", "q_lora_rank")),
+        ("layers.1.attention.qk_norm", True, ("layers[1].attention", "unknown", "qk_norm")),
+        ("layers.0.attention.qk_rope_head_dim", 3, ("layer 0", "qk_rope_head_dim 3")),
+        ("layers.1.attention.softmax_scale", 0, ("layer 1", "softmax_scale")),
+        ("layers.1.mlp.kind", "moe", ("layers[1].mlp", "moe", "gated_silu")),
+        ("layers.1.mlp.bias", 1, ("layers[1].mlp.bias", "bool")),
+        ("layers.1.moe", {}, ("layers[1]", "unknown", "moe")),
+    ],
+)
+def test_refused(path, value, names):
+    with pytest.raises(CheckpointError) as caught:
+        spec_from_config(change(path, value), "float32")
+    for name in names:
+        assert name in str(caught.value)
+
+
+def test_error_names_the_file(tmp_path):
+    folder, _ = llama_folder(tmp_path)
+    (folder / "config.json").write_text(json.dumps(change("vocab_size", ...)))
+    with pytest.raises(CheckpointError, match=r"config\.json: missing keys: vocab_size"):
+        open_checkpoint(folder)
