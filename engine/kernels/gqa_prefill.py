@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels.flash_cpu import causal_attention
+
 
 def gqa_prefill_torch(
     q: Tensor, cache: Tensor, block_tables: Tensor, cu_q: Tensor, kv_lens: Tensor, num_kv_heads: int, scale: float
 ) -> Tensor:
     """The definition, one sequence at a time."""
-    num_heads, head_dim = q.shape[1:]
+    head_dim = q.shape[2]
     block_size = cache.shape[1]
     out = torch.zeros_like(q)
     starts = cu_q.tolist()
@@ -20,13 +22,10 @@ def gqa_prefill_torch(
             continue
         blocks = block_tables[b, : -(-kv_len // block_size)].long()
         rows = cache[blocks].flatten(0, 1)[:kv_len].to(q.dtype)
-        keys, values = rows.unflatten(-1, (2, num_kv_heads, head_dim)).permute(1, 2, 0, 3)  # [g, S, D] each
-        queries = q[q0:q1].view(q1 - q0, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [g, H/g, Q, D]
-        scores = queries @ keys[:, None].mT * scale  # [g, H/g, Q, S]
-        q_pos = torch.arange(kv_len - (q1 - q0), kv_len, device=q.device)
-        scores.masked_fill_(torch.arange(kv_len, device=q.device) > q_pos[:, None], float("-inf"))
-        attended = scores.softmax(-1) @ values[:, None]
-        out[q0:q1] = attended.permute(2, 0, 1, 3).reshape(q1 - q0, num_heads, head_dim)
+        keys, values = rows.unflatten(-1, (2, num_kv_heads, head_dim)).permute(1, 2, 0, 3)[:, :, None]  # [g, 1, S, D]
+        queries = q[q0:q1].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [g, H/g, Q, D]
+        attended, _ = causal_attention(queries, keys, values, kv_len - (q1 - q0), scale)
+        out[q0:q1] = attended.permute(2, 0, 1, 3).flatten(1, 2)
     return out
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels.flash_cpu import causal_attention, merge_partial_torch
+
 
 def mla_prefill_torch(
     q: Tensor,
@@ -26,18 +28,15 @@ def mla_prefill_torch(
     out = q.new_zeros(q.shape[0], num_heads, kv.shape[2] - nope_dim)
     lse = q.new_full((q.shape[0], num_heads), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
     bounds = zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False)
-    for b, (q0, q1, k0, k1) in enumerate(bounds):
+    offsets = (q_starts - k_starts).tolist()
+    for (q0, q1, k0, k1), offset in zip(bounds, offsets, strict=True):
         if q1 == q0 or k1 == k0:
             continue
         keys = torch.cat((kv[k0:k1, :, :nope_dim], k_rope[k0:k1].repeat_interleave(num_heads // groups, 1)), -1)
-        scores = torch.einsum("qhd,khd->hqk", q[q0:q1], keys).to(lse.dtype) * scale
-        q_pos = q_starts[b] + torch.arange(q1 - q0, device=q.device)
-        k_pos = k_starts[b] + torch.arange(k1 - k0, device=q.device)
-        scores.masked_fill_(k_pos > q_pos[:, None], float("-inf"))
-        part = scores.logsumexp(-1, keepdim=True)  # [H, Q, 1]
-        weights = (scores - part).exp().nan_to_num(0.0).to(q.dtype)
-        out[q0:q1] = torch.einsum("hqk,khd->qhd", weights, kv[k0:k1, :, nope_dim:])
-        lse[q0:q1] = part[..., 0].T
+        by_head = (x.transpose(0, 1)[:, None] for x in (q[q0:q1], keys, kv[k0:k1, :, nope_dim:]))  # [H, 1, Q or S, d]
+        attended, log_sum = causal_attention(*by_head, offset, scale)
+        out[q0:q1] = attended[:, 0].transpose(0, 1)
+        lse[q0:q1] = log_sum[:, 0].T
     return out, lse
 
 
@@ -59,12 +58,6 @@ def mla_prefill(
     before it. A query that sees none gives out 0 and lse -inf.
     """
     return mla_prefill_torch(q, kv, k_rope, cu_q, cu_k, q_starts, k_starts, nope_dim, scale)
-
-
-def merge_partial_torch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = ((part - lse).exp().nan_to_num(0.0)[..., None] for part in (lse_a, lse_b))
-    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
 
 
 def merge_partial(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
