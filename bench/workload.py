@@ -1,8 +1,8 @@
 """Timing one grid point on an engine: `batch` prompts of `context` tokens, each continued by `output` tokens.
 
-Definitions, as everywhere in this project: time to first token (TTFT) runs from the moment all prompts are handed over;
-time per output token (TPOT) is (last token - first token) / (tokens - 1) of one sequence; throughput counts output
-tokens over the whole run.
+Definitions: time to first token (TTFT) runs from the moment all prompts are handed over, and is the median over them;
+time per output token (TPOT) is taken while all sequences decode, that is after the last one's first token; throughput
+counts output tokens over the whole run.
 """
 
 from __future__ import annotations
@@ -61,10 +61,12 @@ def run(
 def time_engine(core: EngineCore, prompts: list[list[int]], output: int) -> Timing:
     params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
     _, times = run(core, prompts, params)
+    all_started, end = max(t[0] for t in times), max(t[-1] for t in times)
+    steps = sum(moment > all_started for moment in max(times, key=lambda t: t[-1]))
     return Timing(
         ttft=statistics.median(t[0] for t in times),
-        tpot=statistics.median((t[-1] - t[0]) / (len(t) - 1) for t in times),
-        throughput=sum(map(len, times)) / max(t[-1] for t in times),
+        tpot=(end - all_started) / steps,
+        throughput=sum(map(len, times)) / end,
     )
 
 

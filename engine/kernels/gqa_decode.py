@@ -30,7 +30,7 @@ def gqa_decode_torch(
 def gqa_decode(
     q: Tensor, cache: Tensor, block_tables: Tensor, kv_lens: Tensor, num_kv_heads: int, scale: float, max_kv_len: int
 ) -> Tensor:
-    """q [B, H, D] -> [B, H, D]; cache [num_blocks, block_size, 2 g D], a row being [keys | values]; head h reads h*g//H.
+    """q [B, H, D] -> [B, H, D]; cache [num_blocks, block_size, 2 g D] of rows [keys | values]; head h reads h*g//H.
 
     block_tables int32 [B, max_blocks]; kv_lens int32 [B]; max_kv_len == max(kv_lens), on the host.
     """

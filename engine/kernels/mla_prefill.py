@@ -33,8 +33,8 @@ def mla_prefill_torch(
         if q1 == q0 or k1 == k0:
             continue
         keys = torch.cat((kv[k0:k1, :, :nope_dim], k_rope[k0:k1].repeat_interleave(num_heads // groups, 1)), -1)
-        by_head = (x.transpose(0, 1)[:, None] for x in (q[q0:q1], keys, kv[k0:k1, :, nope_dim:]))  # [H, 1, Q or S, d]
-        attended, log_sum = causal_attention(*by_head, offset, scale)
+        queries, keys, values = (x.transpose(0, 1)[:, None] for x in (q[q0:q1], keys, kv[k0:k1, :, nope_dim:]))
+        attended, log_sum = causal_attention(queries, keys, values, offset, scale)  # [H, 1, Q, v], [H, 1, Q]
         out[q0:q1] = attended[:, 0].transpose(0, 1)
         lse[q0:q1] = log_sum[:, 0].T
     return out, lse

@@ -72,7 +72,7 @@ class Transformer:
     """A whole model on one device, in one dtype."""
 
     def __init__(self, spec: ModelSpec, outer: Mapping[str, Tensor], layers: Iterator[Mapping[str, Tensor]]) -> None:
-        """`outer`: embed_tokens.weight, norm.weight and, unless tied, lm_head.weight; `layers` is consumed one by one."""
+        """`outer`: embed_tokens.weight, norm.weight, lm_head.weight unless tied. `layers` is consumed one by one."""
         self.spec = spec
         self.embedding = outer["embed_tokens.weight"]
         self.norm = outer["norm.weight"]
@@ -91,14 +91,14 @@ class Transformer:
         return self.embedding.dtype
 
     def new_cache(self, num_blocks: int, block_size: int) -> list[Tensor]:
-        """An empty cache: per layer [num_blocks, block_size, cache_width], zeroed (a stale NaN would outlive a mask)."""
+        """An empty cache: per layer [num_blocks, block_size, cache_width], zeroed, since 0 * NaN outlives a mask."""
         return [
             torch.zeros(num_blocks, block_size, s.attention.cache_width, dtype=self.dtype, device=self.device)
             for s in self.spec.layers
         ]
 
     def forward(self, token_ids: Tensor, batch: Batch, cache: list[Tensor]) -> Tensor:
-        """token_ids int64 [T] -> final normed hidden states [T, hidden]; the tokens' rows are in the cache afterwards."""
+        """token_ids int64 [T] -> final normed hidden states [T, hidden]; writes the tokens' rows into the cache."""
         tables = self.rotary.tables(batch.positions)
         x = F.embedding(token_ids, self.embedding)
         for layer, layer_cache, index in zip(self.layers, cache, self._table_of_layer, strict=True):

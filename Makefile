@@ -1,0 +1,42 @@
+# make serve   converts the bundled demo checkpoint to MLA and serves it on 127.0.0.1:8000
+# make test    runs every check and test
+# make compare times the converted demo against its source
+# All make .venv and install into it first. Another interpreter: make serve PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PORT   ?= 8000
+SOURCE := demo/stories
+
+.PHONY: serve test compare lint clean
+
+serve: mla/config.json
+	$(BIN)/python -m server --model mla --port $(PORT)
+
+compare: mla/config.json $(VENV)/.test
+	$(BIN)/python -m bench compare --mla mla --gqa $(SOURCE) --json compare.json --plot compare.png
+
+mla/config.json: $(SOURCE)/model.safetensors | $(VENV)/.run
+	$(BIN)/python -m convert --model $(SOURCE) --out mla --overwrite
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.run: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@ $(VENV)/.run
+
+clean:
+	rm -rf $(VENV) mla compare.json compare.png
