@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,3 +188,9 @@ def test_error_names_the_file(tmp_path):
     (folder / "config.json").write_text(json.dumps(change("vocab_size", ...)))
     with pytest.raises(CheckpointError, match=r"config\.json: missing keys: vocab_size"):
         open_checkpoint(folder)
+
+
+def test_example_in_the_documentation():
+    page = Path(__file__).resolve().parents[2] / "docs" / "format.md"
+    example = json.loads(page.read_text().split("```json\n")[1].split("```")[0])
+    assert spec_from_config(example, "bfloat16").layers[0].attention.cache_width == 64

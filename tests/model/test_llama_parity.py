@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,22 +24,22 @@ DEMOS = sorted(path.parent for path in (Path(__file__).resolve().parents[2] / "d
 def stepwise(model: Transformer, sequences: list[Tensor], cuts: list[list[int]]) -> list[Tensor]:
     """Logits of every token; in step s, sequence b computes cuts[s][b] tokens. Block tables are shuffled."""
     per = -(-max(map(len, sequences)) // BLOCK)
-    shuffled = torch.randperm(per * len(sequences), generator=torch.Generator().manual_seed(1)).tolist()
-    tables = [shuffled[b * per : (b + 1) * per] for b in range(len(sequences))]
+    tables = np.random.default_rng(1).permutation(per * len(sequences)).astype(np.int32).reshape(-1, per)
     cache = model.new_cache(per * len(sequences), BLOCK)
     for layer in cache:
         layer.fill_(float("nan"))  # what was never written must never be read
-    done = [0] * len(sequences)
+    done = np.zeros(len(sequences), np.int64)
     out: list[list[Tensor]] = [[] for _ in sequences]
-    for counts in cuts:
-        order = sorted((b for b, n in enumerate(counts) if n), key=lambda b: counts[b] != 1)
-        batch = Batch.build([done[b] for b in order], [counts[b] for b in order], [tables[b] for b in order], BLOCK)
+    for step in cuts:
+        counts = np.array(step)
+        order = sorted(np.flatnonzero(counts), key=lambda b: counts[b] != 1)
+        batch = Batch.build(done[order], counts[order], tables[order], BLOCK)
         ids = torch.cat([sequences[b][done[b] : done[b] + counts[b]] for b in order])
         logits = model.logits(model.forward(ids, batch, cache))
-        for b, part in zip(order, logits.split([counts[b] for b in order]), strict=True):
+        for b, part in zip(order, logits.split(counts[order].tolist()), strict=True):
             out[b].append(part)
-            done[b] += counts[b]
-    assert done == [len(sequence) for sequence in sequences]
+        done += counts
+    assert done.tolist() == [len(sequence) for sequence in sequences]
     return [torch.cat(parts) for parts in out]
 
 
