@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FP16_ROUNDING = 2.0**-25  # of numbers below fp16's normal range, which bf16 still resolves
+FP16_LOSS = 2.0**-20  # of the largest weight; numbers below fp16's normal range, which bf16 resolves, may lose that
 
 
 def fits_fp16(weight: Tensor) -> bool:
-    return bool((weight.half().float() - weight).abs().max() <= FP16_ROUNDING)
+    return bool((weight.half().float() - weight).abs().max() <= FP16_LOSS * weight.abs().max())
 
 
 class Linear:
