@@ -5,8 +5,8 @@
 
 Training is bounded by wall-clock time, so the same command gives a usable model on two CPU cores or on a GPU; the
 learning rate follows the fraction of that time. Stop it at any moment and run the same command again: it goes on
-from the last saved state. Hidden matrices train with Muon (https://kellerjordan.github.io/posts/muon), the rest with
-AdamW. The result is an ordinary Hugging Face folder.
+from the last saved state. Hidden matrices train with Muon, the rest with AdamW. The result is an ordinary Hugging Face
+folder.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ import argparse
 import json
 import math
 import random
-import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from corpus import Conversation, Prompter, Turn, is_held_out, read_conversations, read_prose, read_stories, unique
+from llama import Config, Llama
+from muon import Muon
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-BOS, END, USER, ASSISTANT, SYSTEM = "<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
-SPECIAL = ("<pad>", BOS, END, USER, ASSISTANT, SYSTEM)
+PAD, BOS, END = "<pad>", "<s>", "<|end|>"
+SPECIAL = (PAD, BOS, END, "<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role not in ['system', 'user', 'assistant'] %}"
@@ -37,125 +40,7 @@ CHAT_TEMPLATE = (
     "{{ '<|' ~ message.role ~ '|>\\n' ~ message.content ~ '<|end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class Config:
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    intermediate_size: int = 704
-    num_hidden_layers: int = 5
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
-    head_dim: int = 64
-    max_position_embeddings: int = 1024
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-
-
-class Attention(nn.Module):
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        self.c = c
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, hidden]; cos, sin [S, D/2]
-        def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2)  # [B, heads, S, D]
-
-        def rotate(y: Tensor) -> Tensor:
-            a, b = y.chunk(2, -1)
-            return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-        q, k, v = rotate(heads(self.q_proj(x))), rotate(heads(self.k_proj(x))), heads(self.v_proj(x))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(o.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    def __init__(self, c: Config, dropout: float) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
-
-
-class Llama(nn.Module):
-    """Parameter names are those of a Hugging Face `LlamaModel`; the head is the embedding (tied)."""
-
-    def __init__(self, c: Config, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c, dropout) for _ in range(c.num_hidden_layers))
-        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        inv_freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
-        angle = torch.arange(c.max_position_embeddings)[:, None] * inv_freq
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                scale = (
-                    1 / math.sqrt(2 * c.num_hidden_layers)
-                    if name.endswith(("o_proj.weight", "down_proj.weight"))
-                    else 1
-                )
-                nn.init.normal_(p, std=0.02 * scale)
-
-    def forward(self, ids: Tensor) -> Tensor:  # int64 [B, S] -> logits [B, S, vocab]
-        x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = layer(x, self.cos[: ids.shape[1]], self.sin[: ids.shape[1]])
-        return F.linear(self.norm(x), self.embed_tokens.weight)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is the nearest semi-orthogonal matrix, by five Newton-Schulz steps."""
-
-    def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                m.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(m, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
-
-
-def orthogonalise(g: Tensor) -> Tensor:
-    x = g.T if g.shape[0] > g.shape[1] else g
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
+SAVE_SECONDS = 300
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -205,7 +90,7 @@ class Corpus:
             return self.chat((Turn("user", self._prompter.request(story, rng)), Turn("assistant", story)))
         return self.encode(BOS + story + END)
 
-    def batches(self, tokens: int, lengths: tuple[int, ...], rng: random.Random):  # type: ignore[no-untyped-def]
+    def batches(self, tokens: int, lengths: tuple[int, ...], rng: random.Random) -> Iterator[Tensor]:
         """Endless int64 [tokens / S, S + 1] batches, S drawn from `lengths`; documents are laid end to end."""
         stream: list[int] = []
         while True:
@@ -218,22 +103,23 @@ class Corpus:
 
 
 @torch.no_grad()
-def bits_per_byte(model: Llama, corpus: Corpus, stories: list[str], device: str) -> float:
+def bits_per_byte(model: Llama, corpus: Corpus, stories: list[str]) -> float:
     """Plain stories, each alone after <s>, at most the model's context; the end token is not counted."""
     model.eval()
     nats, size = 0.0, 0
     for story in stories:
-        ids = torch.tensor(corpus.encode(BOS + story)[: model.cos.shape[0]], device=device)
+        ids = torch.tensor(corpus.encode(BOS + story)[: model.cos.shape[0]], device=model.cos.device)
         nats += F.cross_entropy(model(ids[None, :-1])[0].float(), ids[1:], reduction="sum").item()
         size += len(corpus.tokenizer.decode(ids[1:].tolist()).encode())
     model.train()
-    return nats / math.log(2) / size
+    return nats / math.log(2) / max(1, size)
 
 
 @torch.no_grad()
-def sample(model: Llama, corpus: Corpus, request: str, device: str, tokens: int = 200) -> str:
+def sample(model: Llama, corpus: Corpus, request: str, tokens: int = 200) -> str:
     model.eval()
-    ids = corpus.encode(f"{BOS}{USER}\n{request}{END}\n{ASSISTANT}\n")
+    device = model.cos.device
+    ids = corpus.encode(f"{BOS}<|user|>\n{request}{END}\n<|assistant|>\n")
     start, end = len(ids), corpus.tokenizer.token_to_id(END)
     generator = torch.Generator(device).manual_seed(0)
     while len(ids) < start + tokens and ids[-1] != end:
@@ -243,59 +129,97 @@ def sample(model: Llama, corpus: Corpus, request: str, device: str, tokens: int 
     return corpus.tokenizer.decode(ids[start:])
 
 
-def schedule(done: float) -> float:
-    """Learning-rate factor at a fraction of the training time: warm up, hold, then down to 2 % over the last half."""
-    return min(1.0, done / 0.01 + 0.01) if done < 0.5 else max(0.02, 2 * (1 - done))
-
-
-def save(model: Llama, corpus: Corpus, c: Config, out: Path) -> None:
+def save_checkpoint(model: Llama, corpus: Corpus, c: Config, out: Path) -> None:
     """The Hugging Face folder: bf16 weights, config, tokenizer, chat template."""
     out.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{n}": p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.named_parameters()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    ids = {name: corpus.tokenizer.token_to_id(token) for name, token in (("bos", BOS), ("eos", END), ("pad", "<pad>"))}
-    fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-             "mlp_bias": False, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}  # fmt: skip
-    special = {f"{name}_token_id": i for name, i in ids.items()}
-    write = {
-        "config.json": fixed | asdict(c) | special,
+    special = {
+        f"{name}_token_id": corpus.tokenizer.token_to_id(t) for name, t in (("bos", BOS), ("eos", END), ("pad", PAD))
+    }
+    architecture = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+        "mlp_bias": False, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    files = {
+        "config.json": architecture | asdict(c) | special,
         "generation_config.json": special | {"do_sample": True, "temperature": 0.7, "top_p": 0.95},
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": END, "pad_token": "<pad>",
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": END, "pad_token": PAD,
             "clean_up_tokenization_spaces": False, "model_max_length": c.max_position_embeddings,
             "chat_template": CHAT_TEMPLATE,
         },
     }  # fmt: skip
-    for name, content in write.items():
+    for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     corpus.tokenizer.save(str(out / "tokenizer.json"))
 
 
+class Trainer:
+    """Model, optimizers and how far they are; `state` and `load` carry all of it from one run to the next."""
+
+    def __init__(self, c: Config, dropout: float, lr: float, device: str) -> None:
+        self.model = Llama(c, dropout).to(device)
+        matrices = [p for p in self.model.layers.parameters() if p.dim() == 2]
+        others = [p for n, p in self.model.named_parameters() if p.dim() == 1 or n.startswith("embed")]
+        adam = torch.optim.AdamW(others, lr=0.15 * lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self._optimizers: list[tuple[torch.optim.Optimizer, float]] = [(Muon(matrices, lr), lr), (adam, 0.15 * lr)]
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.loss = math.nan  # nats per token, a running mean
+
+    def step(self, ids: Tensor, lr_factor: float) -> None:
+        """One optimizer step on ids int64 [B, S + 1]."""
+        logits = self.model(ids[:, :-1]).flatten(0, 1).float()
+        loss = F.cross_entropy(logits, ids[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, lr in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * lr_factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        self.tokens += ids[:, 1:].numel()
+        self.loss = loss.item() if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss.item()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(), "optimizers": [o.state_dict() for o, _ in self._optimizers],
+            "step": self.steps, "seen": self.tokens, "seconds": self.seconds,
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        for (optimizer, _), saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.steps, self.tokens, self.seconds = state["step"], state["seen"], state["seconds"]
+
+
+def lr_schedule(done: float) -> float:
+    """Learning-rate factor at a fraction of the training time: warm up, hold, then down to 2 % over the last half."""
+    return min(1.0, done / 0.01 + 0.01) if done < 0.5 else max(0.02, 2 * (1 - done))
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the checkpoint; its training state lies beside it"
-    )
-    parser.add_argument(
-        "--stories", type=Path, nargs="+", required=True, help="story files; 3 %% of the stories are held out"
-    )
-    parser.add_argument("--prose", type=Path, nargs="*", default=[], help="other plain text")
-    parser.add_argument(
-        "--chat", type=Path, nargs="*", default=[], help="ShareGPT .json or Alpaca .jsonl conversations"
-    )
-    parser.add_argument(
-        "--story-share", type=float, default=0.9, help="share of documents that are stories (default 0.9)"
-    )
-    parser.add_argument("--minutes", type=float, default=60, help="training time, over all runs together (default 60)")
-    parser.add_argument("--batch-tokens", type=int, default=6144, help="tokens per step (default 6144)")
-    parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--lr", type=float, default=0.02, help="Muon's; AdamW takes 0.15 of it")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the checkpoint; its training state lies beside it")
+    add("--stories", type=Path, nargs="+", required=True, help="story files; 3 %% of the stories are held out")
+    add("--prose", type=Path, nargs="*", default=[], help="other plain text")
+    add("--chat", type=Path, nargs="*", default=[], help="ShareGPT .json or Alpaca .jsonl conversations")
+    add("--story-share", type=float, default=0.9, help="share of documents that are stories (default 0.9)")
+    add("--minutes", type=float, default=60, help="training time, over all runs together (default 60)")
+    add("--batch-tokens", type=int, default=6144, help="tokens per step, at least 1024 (default 6144)")
+    add("--dropout", type=float, default=0.05)
+    add("--lr", type=float, default=0.02, help="Muon's; AdamW takes 0.15 of it (default 0.02)")
+    add("--threads", type=int, default=0, help="CPU threads (default: all)")
+    add("--seed", type=int, default=0)
     args = parser.parse_args()
     for path in [*args.stories, *args.prose, *args.chat]:
         if not path.is_file():
             parser.error(f"no such file: {path}")
+    if args.batch_tokens < 1024:
+        parser.error("--batch-tokens must be at least 1024, the longest sequence")
     return args
 
 
@@ -305,62 +229,38 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    c = Config()
+    config = Config()
+    trainer = Trainer(config, args.dropout, args.lr, device)
     state_file = args.out.with_name(args.out.name + ".state.pt")
     state = torch.load(state_file, map_location=device, weights_only=True) if state_file.exists() else None
-    corpus = Corpus(args, Tokenizer.from_str(state["tokenizer"]) if state else None, c.vocab_size)
-    model = Llama(c, args.dropout).to(device)
-    matrices = [p for n, p in model.layers.named_parameters() if p.dim() == 2]
-    others = [p for n, p in model.named_parameters() if p.dim() == 1 or n.startswith("embed")]
-    adam = torch.optim.AdamW(others, lr=0.15 * args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(Muon(matrices, args.lr), args.lr), (adam, 0.15 * args.lr)]
-    step, seconds, seen = 0, 0.0, 0
     if state:
-        model.load_state_dict(state["model"])
-        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, seconds, seen = state["step"], state["seconds"], state["seen"]
+        trainer.load(state)
+    corpus = Corpus(args, Tokenizer.from_str(state["tokenizer"]) if state else None, config.vocab_size)
     print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {len(corpus.stories)} stories, "
+        f"{sum(p.numel() for p in trainer.model.parameters()) / 1e6:.2f} M parameters; {len(corpus.stories)} stories, "
         f"{len(corpus.held_out)} held out; {len(corpus.prose)} prose documents, {len(corpus.chats)} conversations",
         flush=True,
     )
-    batches = corpus.batches(args.batch_tokens, (512, 512, 1024), random.Random(args.seed + step))
-    total, last_save = 60 * args.minutes, seconds
-    bar = tqdm(total=round(total), initial=round(seconds), unit="s", mininterval=10)
-    loss_mean = float("nan")
-    while seconds < total:
-        start = time.monotonic()
-        ids = next(batches).to(device)
-        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, lr in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(seconds / total)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step, seen = step + 1, seen + ids[:, 1:].numel()
-        loss_mean = loss.item() if math.isnan(loss_mean) else 0.95 * loss_mean + 0.05 * loss.item()
-        spent = time.monotonic() - start
-        seconds += spent
-        bar.update(round(seconds) - bar.n)
-        bar.set_postfix_str(f"step {step}, loss {loss_mean:.3f}, {ids.numel() / spent:.0f} tok/s", refresh=False)
-        if seconds - last_save > 300 or seconds >= total:
-            last_save = seconds
-            save(model, corpus, c, args.out)
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o, _ in optimizers], "step": step,
-                        "seconds": seconds, "seen": seen, "tokenizer": corpus.tokenizer.to_str()}, state_file)  # fmt: skip
-            bpb = bits_per_byte(model, corpus, corpus.held_out, device)
-            bar.write(
-                f"{seconds / 60:.0f} min, {seen / 1e6:.1f} M tokens: held out {bpb:.4f} bits per byte, train {loss_mean:.3f}"
-            )
-            bar.write(
-                "    " + sample(model, corpus, "Tell me a story about a cat and a boat.", device).replace("\n", " "),
-                file=sys.stdout,
-            )
-            sys.stdout.flush()
-    bar.close()
+    batches = corpus.batches(args.batch_tokens, (512, 512, 1024), random.Random(args.seed + trainer.steps))
+    total, saved_at = 60 * args.minutes, trainer.seconds
+    with tqdm(total=round(total), initial=round(trainer.seconds), unit="s", mininterval=10) as bar:
+        while trainer.seconds < total:
+            start = time.monotonic()
+            trainer.step(next(batches).to(device), lr_schedule(trainer.seconds / total))
+            spent = time.monotonic() - start
+            trainer.seconds += spent
+            bar.set_postfix_str(f"step {trainer.steps}, loss {trainer.loss:.3f}", refresh=False)
+            bar.update(round(trainer.seconds) - bar.n)
+            if trainer.seconds - saved_at > SAVE_SECONDS or trainer.seconds >= total:
+                saved_at = trainer.seconds
+                save_checkpoint(trainer.model, corpus, config, args.out)
+                torch.save(trainer.state() | {"tokenizer": corpus.tokenizer.to_str()}, state_file)
+                bpb = bits_per_byte(trainer.model, corpus, corpus.held_out)
+                bar.write(
+                    f"{trainer.seconds / 60:.1f} min, {trainer.tokens / 1e6:.1f} M tokens: held out {bpb:.4f} bits per "
+                    f"byte, training loss {trainer.loss:.3f}\n    "
+                    + sample(trainer.model, corpus, "Tell me a story about a cat and a boat.").replace("\n", " ")
+                )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_a_strided_input() -> None:
 
 def test_only_what_fp16_holds_is_packed() -> None:
     torch.manual_seed(0)
-    assert fits_fp16(torch.randn(64, 64).bfloat16().float() * 0.02)
+    assert fits_fp16((torch.randn(64, 64) * 0.02).bfloat16().float())
     assert not fits_fp16(torch.randn(64, 64))
     assert not fits_fp16(torch.full((4, 4), 1e6))  # beyond fp16's range
     assert not fits_fp16(torch.randn(64, 64) * 1e-9)  # would all become zero
