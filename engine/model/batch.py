@@ -38,15 +38,16 @@ class Batch:
         cls,
         computed: list[int],
         counts: list[int],
-        block_tables: np.ndarray,
+        block_tables: np.ndarray | list[list[int]],
         block_size: int,
         device: torch.device | str = "cpu",
     ) -> Batch:
-        """Sequence b computes tokens [computed[b], computed[b] + counts[b]); leading ones with a count of 1 are decodes.
+        """Sequence b computes tokens [computed[b], computed[b] + counts[b]); leading ones with counts of 1 are decodes.
 
-        block_tables int32 [B, max_blocks], whose entries past a sequence's last block are any valid ones. The array is
+        block_tables int32 [B, max_blocks], whose entries past a sequence's last block are any valid ones. An array is
         the Batch's from now on.
         """
+        tables = np.asarray(block_tables, np.int32)
         num_seqs = len(counts)
         num_decodes = next((i for i, count in enumerate(counts) if count != 1), num_seqs)
         kv_lens = [start + count for start, count in zip(computed, counts, strict=True)]
@@ -58,7 +59,7 @@ class Batch:
             shift = positions - np.concatenate((np.arange(num_decodes), before))
             positions = np.arange(num_decodes + cu_q[-1]) + shift[sequence]
         blocks = positions // block_size
-        slots = (block_tables[sequence, blocks] - blocks) * block_size + positions
+        slots = (tables[sequence, blocks] - blocks) * block_size + positions
 
         def to_device(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).to(device, non_blocking=True)
@@ -66,7 +67,7 @@ class Batch:
         return cls(
             positions=to_device(positions),
             slots=to_device(slots),
-            block_tables=to_device(block_tables),
+            block_tables=to_device(tables),
             kv_lens=to_device(np.array(kv_lens, np.int32)),
             num_decodes=num_decodes,
             max_decode_kv=max(kv_lens[:num_decodes], default=0),
