@@ -17,7 +17,7 @@ CPU_CACHE_BYTES = 2**30
 
 
 def num_cache_blocks(model: Transformer, config: EngineConfig, max_model_len: int) -> int:
-    """`cache_tokens` of the config; else what the machine's memory allows, and on a CPU no more than could ever be used.
+    """`cache_tokens` of the config; else what memory allows, and on a CPU no more than could ever be used.
 
     Raises CapacityError where not even one block fits.
     """
@@ -76,9 +76,9 @@ def _largest_step(model: Transformer, config: EngineConfig, max_model_len: int) 
     """
     num_seqs = -(-config.max_batched_tokens // max_model_len)
     count = -(-config.max_batched_tokens // num_seqs)
-    counts = np.full(num_seqs, count)
     tables = np.zeros((num_seqs, -(-max_model_len // config.block_size)), np.int32)
-    batch = Batch.build(max_model_len - counts, counts, tables, config.block_size, model.device)
+    computed, counts = [max_model_len - count] * num_seqs, [count] * num_seqs
+    batch = Batch.build(computed, counts, tables, config.block_size, model.device)
     token_ids = torch.zeros(num_seqs * count, dtype=torch.int64, device=model.device)
     hidden = model.forward(token_ids, batch, model.new_cache(1, config.block_size))
     n = config.max_num_seqs

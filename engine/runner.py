@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 import torch
@@ -67,8 +68,8 @@ class Runner:
         return token_ids, sampled
 
     def _batch(self, step: list[Scheduled], block_tables: np.ndarray) -> Batch:
-        rows = [item.seq.row for item in step]
-        computed = np.array([item.seq.num_computed for item in step])
-        counts = np.array([item.count for item in step])
-        width = -(-int((computed + counts).max()) // self.block_size)
-        return Batch.build(computed, counts, block_tables[rows, :width], self.block_size, self.model.device)
+        computed = [item.seq.num_computed for item in step]
+        counts = [item.count for item in step]
+        width = -(-max(map(add, computed, counts)) // self.block_size)
+        tables = block_tables[[item.seq.row for item in step], :width]  # a copy
+        return Batch.build(computed, counts, tables, self.block_size, self.model.device)

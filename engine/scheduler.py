@@ -5,10 +5,10 @@ tokens, running sequences first, then waiting ones. That one rule is all there i
 computed in chunks, a step may mix chunks with decodes, a prefix hit is a sequence that starts with num_computed > 0,
 and a preempted one starts over with num_computed == 0 and its output among the tokens to reach.
 
-Order is first come, first served: `running`, then `waiting`, are always in order of arrival. A sequence is admitted once
-there are blocks for all the tokens it has, so only growth by output can run out of blocks; then the latest arrival
-gives up its own, at worst the growing sequence itself. The oldest sequence is thus never preempted by another, every
-step computes something while there is work, and everyone finishes.
+Order is first come, first served: `running`, then `waiting`, are always in order of arrival. A sequence is admitted
+once there are blocks for all the tokens it has, so only growth by output can run out of blocks; then the latest arrival
+gives up its own, at worst the growing sequence itself. The oldest sequence is thus never preempted, every step computes
+something while there is work, and everyone finishes.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Scheduler:
         for seq in self.running:
             assert self.block_tables[seq.row, : len(seq.blocks)].tolist() == seq.blocks, "a block table is stale"
         for seq in self.waiting:
-            assert not seq.blocks and seq.num_computed == 0, "a waiting sequence holds blocks"
+            assert (seq.blocks, seq.num_computed) == ([], 0), "a waiting sequence holds blocks"
 
     def _admit(self, seq: Sequence) -> bool:
         """Give the head of the queue its blocks, known prefixes first; False where there are too few."""

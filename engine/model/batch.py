@@ -8,6 +8,7 @@ layer ever waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -35,42 +36,44 @@ class Batch:
     @classmethod
     def build(
         cls,
-        computed: np.ndarray,
-        counts: np.ndarray,
-        block_tables: np.ndarray,
+        computed: list[int],
+        counts: list[int],
+        block_tables: np.ndarray | list[list[int]],
         block_size: int,
         device: torch.device | str = "cpu",
     ) -> Batch:
-        """Sequence b computes tokens [computed[b], computed[b] + counts[b]); those with counts of 1 may lead as decodes.
+        """Sequence b computes tokens [computed[b], computed[b] + counts[b]); leading ones with counts of 1 are decodes.
 
-        computed, counts int64 [B]; block_tables int32 [B, max_blocks], whose entries past a sequence's last block are
-        any valid ones. The arrays are the Batch's from now on: on a CPU its tensors share their memory.
+        block_tables int32 [B, max_blocks], whose entries past a sequence's last block are any valid ones. An array is
+        the Batch's from now on.
         """
-        num_seqs, kv_lens = len(counts), computed + counts
-        chunked = np.flatnonzero(counts != 1)
-        num_decodes = int(chunked[0]) if len(chunked) else num_seqs
-        sequence, positions = np.arange(num_seqs), computed
+        tables = np.asarray(block_tables, np.int32)
+        num_seqs = len(counts)
+        num_decodes = next((i for i, count in enumerate(counts) if count != 1), num_seqs)
+        kv_lens = [start + count for start, count in zip(computed, counts, strict=True)]
+        cu_q = [0, *accumulate(counts[num_decodes:])]
+        sequence, positions = np.arange(num_seqs), np.array(computed, np.int64)
         if num_decodes < num_seqs:
-            ends = np.cumsum(counts)
             sequence = np.repeat(sequence, counts)
-            positions = np.arange(ends[-1]) + (kv_lens - ends)[sequence]
-        blocks, offsets = np.divmod(positions, block_size)
-        cu_q = np.zeros(num_seqs - num_decodes + 1, np.int32)
-        np.cumsum(counts[num_decodes:], out=cu_q[1:])
+            before = np.array([num_decodes + end for end in cu_q[:-1]])  # tokens that precede each prefill
+            shift = positions - np.concatenate((np.arange(num_decodes), before))
+            positions = np.arange(num_decodes + cu_q[-1]) + shift[sequence]
+        blocks = positions // block_size
+        slots = (tables[sequence, blocks] - blocks) * block_size + positions
 
         def to_device(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).to(device, non_blocking=True)
 
         return cls(
             positions=to_device(positions),
-            slots=to_device(block_tables[sequence, blocks] * np.int64(block_size) + offsets),
-            block_tables=to_device(block_tables),
-            kv_lens=to_device(kv_lens.astype(np.int32)),
+            slots=to_device(slots),
+            block_tables=to_device(tables),
+            kv_lens=to_device(np.array(kv_lens, np.int32)),
             num_decodes=num_decodes,
-            max_decode_kv=int(kv_lens[:num_decodes].max()) if num_decodes else 0,
-            cu_q=to_device(cu_q),
-            q_lens=tuple(counts[num_decodes:].tolist()),
-            prefill_kv_lens=tuple(kv_lens[num_decodes:].tolist()),
+            max_decode_kv=max(kv_lens[:num_decodes], default=0),
+            cu_q=to_device(np.array(cu_q, np.int32)),
+            q_lens=tuple(counts[num_decodes:]),
+            prefill_kv_lens=tuple(kv_lens[num_decodes:]),
         )
 
     @classmethod
@@ -80,4 +83,4 @@ class Batch:
         Needs a cache of num_seqs * ceil(length / block_size) blocks.
         """
         tables = np.arange(num_seqs * -(-length // block_size), dtype=np.int32).reshape(num_seqs, -1)
-        return cls.build(np.zeros(num_seqs, np.int64), np.full(num_seqs, length), tables, block_size, device)
+        return cls.build([0] * num_seqs, [length] * num_seqs, tables, block_size, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 
@@ -79,10 +81,10 @@ def engine(model: Transformer, eos: tuple[int, ...] = (), **config: int | bool |
 
 
 def run(core: EngineCore, requests: list[Request]) -> dict[str, list[Output]]:
-    """All requests at once, to the end: their outputs by request id."""
+    """All requests at once, beside what is in flight, to the end: outputs by request id."""
     for request in requests:
         core.add(request)
-    outputs: dict[str, list[Output]] = {request.id: [] for request in requests}
+    outputs: dict[str, list[Output]] = defaultdict(list)
     while core.has_work:
         for output in core.step():
             outputs[output.request_id].append(output)
