@@ -28,7 +28,11 @@ from server.state import STATE, ServerState
 
 BODY_SECONDS = 60.0
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for plain completions
-EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+EVENT_STREAM = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
 
 log = logging.getLogger("server")
 

@@ -92,17 +92,20 @@ class Channel:
 class EngineClient:
     """Made by start(). `gone` is set when the engine's process has ended, for whatever reason."""
 
-    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.info: EngineInfo  # from start() on
         self.stats: EngineStats | None = None  # the latest
         self.gone = asyncio.Event()
         self.why_gone = "the engine process ended unexpectedly"
         self._process = process
-        self._socket = sock
+        self._writer = writer
         self._deframer = Deframer()
         self._channels: dict[str, Channel] = {}
-        self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
-        self._closing = False
+        loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[EngineInfo] = loop.create_future()
+        self._reading = loop.create_task(self._read(reader))
 
     @classmethod
     async def start(cls, start: Start, command: Sequence[str] = ENGINE_COMMAND) -> EngineClient:
@@ -110,11 +113,7 @@ class EngineClient:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen([*command, str(theirs.fileno())], pass_fds=[theirs.fileno()])
-        loop = asyncio.get_running_loop()
-        reader, writer = await asyncio.open_connection(sock=ours)
-        client = cls(process, ours)
-        client._writer = writer
-        client._reading = loop.create_task(client._read(reader))
+        client = cls(process, *await asyncio.open_connection(sock=ours))
         client._send(start)
         try:
             client.info = await client._ready
@@ -148,7 +147,6 @@ class EngineClient:
 
     async def close(self) -> None:
         """Tell the engine to exit, and wait until it has."""
-        self._closing = True
         self._writer.close()
         try:
             await asyncio.wait_for(asyncio.to_thread(self._process.wait), timeout=10)

@@ -58,18 +58,18 @@ def load_core(start: Start) -> tuple[Core, EngineInfo]:
     """The model and the engine that `start` describes. Raises EngineError."""
     from engine.checkpoint import open_checkpoint
     from engine.core import EngineCore
-    from engine.model.loader import load_model
+    from engine.model.load import dtype_name, load_model
 
     config = start.config
     checkpoint = open_checkpoint(start.model)
-    model = load_model(start.model, config.device, config.dtype)
+    model = load_model(checkpoint, config.device, config.dtype, progress=sys.stderr.isatty())
     core = EngineCore(model, checkpoint.generation, config)
     defaults, spec, stats = checkpoint.generation, core.spec, core.stats()
     return core, EngineInfo(
         attention=spec.attention_kind,
         num_layers=len(spec.layers),
         vocab_size=spec.vocab_size,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         device=str(model.device),
         max_len=core.max_len,
         max_num_seqs=config.max_num_seqs,

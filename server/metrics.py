@@ -42,7 +42,10 @@ class Metrics:
             registry=registry,
         )
         self.choices = Counter(
-            "mla_choices", "Choices ended, by how; abort: by a disconnect or an error", ["finish_reason"], registry=registry
+            "mla_choices",
+            "Choices ended, by how; abort: by a disconnect or an error",
+            ["finish_reason"],
+            registry=registry,
         )
         self.responses = Counter(
             "mla_http_responses", "HTTP responses begun, by route and status", ["route", "status"], registry=registry
