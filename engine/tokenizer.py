@@ -88,10 +88,14 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: object
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
         """The prompt text of a chat, with its special tokens written out: encode it with add_special_tokens=False.
 
+        `variables`: what the template may ask for besides (enable_thinking, ...); see ChatTemplate.render.
         Raises RequestError where the checkpoint has no template, or its template refuses the messages.
         """
         if self.chat_template is None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
+from server.engine_client import ENGINE_COMMAND
 from server.lifecycle import ServerConfig, run
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     try:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutdown_timeout=options.shutdown_timeout,
         engine=engine,
     )
-    return run(config)
+    return run(config, engine_command)
 
 
 def _engine_config(options: argparse.Namespace) -> EngineConfig:

@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from server.completions import chat_completions, completions
-from server.errors import RETRY_AFTER_SECONDS, STATUS, ApiError, api_error, error_json
+from server.errors import RETRY_AFTER_SECONDS, STATUS, ApiError, api_error, error_json, shutting_down
 from server.metrics import CONTENT_TYPE
 from server.responses import ModelCard, ModelList
 from server.state import STATE, ServerState
@@ -87,7 +87,7 @@ async def _health(request: web.Request) -> web.Response:
     state = request.app[STATE]
     state.check_engine()
     if state.admission.closed:
-        raise ApiError("service_unavailable_error", "the server is shutting down", code="shutting_down")
+        raise shutting_down()
     return web.json_response({"status": "ok"})
 
 

@@ -63,7 +63,7 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
 
     def prompt_ids() -> list[list[int]]:
         text = state.tokenizer.apply_chat_template(
-            messages, request.add_generation_prompt is not False, **(request.chat_template_kwargs or {})
+            messages, request.add_generation_prompt is not False, request.chat_template_kwargs
         )
         return [_encode(state, text, bool(request.add_special_tokens), "messages")]
 

@@ -145,6 +145,14 @@ class EngineClient:
         if not self.gone.is_set():
             self._send(Abort(list(request_ids)))
 
+    def give_up(self, error: Exception) -> None:
+        """End everything in flight: the engine drops it, and whoever waits for it gets `error`."""
+        if self._channels and not self.gone.is_set():
+            self._send(Abort(list(self._channels)))
+        for channel in {id(channel): channel for channel in self._channels.values()}.values():
+            channel.fail(error)
+        self._channels.clear()
+
     async def close(self) -> None:
         """Tell the engine to exit, and wait until it has."""
         self._writer.close()
@@ -191,6 +199,4 @@ class EngineClient:
         self.gone.set()
         if not self._ready.done():
             self._ready.set_exception(EngineGone(self.why_gone))
-        for channel in {id(channel): channel for channel in self._channels.values()}.values():
-            channel.fail(EngineGone(self.why_gone))
-        self._channels.clear()
+        self.give_up(EngineGone(self.why_gone))

@@ -53,6 +53,10 @@ class EngineGone(Exception):
     """The engine's process has ended; requests it had cannot be finished."""
 
 
+def shutting_down() -> ApiError:
+    return ApiError("service_unavailable_error", "the server is shutting down", code="shutting_down")
+
+
 class ErrorInfo(msgspec.Struct):
     message: str
     type: str

@@ -24,7 +24,7 @@ from engine.tokenizer import Tokenizer
 from server.app import make_app
 from server.banner import banner
 from server.engine_client import ENGINE_COMMAND, EngineClient
-from server.errors import EngineGone
+from server.errors import EngineGone, shutting_down
 from server.metrics import Metrics
 from server.state import Admission, ServerState
 from server.wire import Start
@@ -126,6 +126,8 @@ async def _until_stopped(config: ServerConfig, state: ServerState, stop: _Stop) 
         return await _mourn(state)
     if not empty.done():
         log.warning("%d sequences are cut off", state.engine.num_in_flight)
+        state.engine.give_up(shutting_down())
+        await asyncio.wait([empty], timeout=CLOSE_SECONDS)
     return 0
 
 

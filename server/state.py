@@ -12,7 +12,7 @@ from aiohttp import web
 
 from engine.tokenizer import Tokenizer
 from server.engine_client import EngineClient
-from server.errors import ApiError, EngineGone
+from server.errors import ApiError, EngineGone, shutting_down
 from server.metrics import Metrics
 
 
@@ -31,7 +31,7 @@ class Admission:
 
     def check_open(self) -> None:
         if self.closed:
-            raise ApiError("service_unavailable_error", "the server is shutting down", code="shutting_down")
+            raise shutting_down()
         if self._inside >= self.limit:
             self._turn_away()
 
