@@ -38,7 +38,9 @@ class Tokenizer:
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)  # ids are below it
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocab.values(), default=-1)  # ids are below it
+        self.max_token_chars = max(map(len, vocab), default=0)  # so many tokens cannot spell a longer text
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
         self._piece_of: dict[int, Piece] = {}
@@ -86,10 +88,14 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: object
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
         """The prompt text of a chat, with its special tokens written out: encode it with add_special_tokens=False.
 
+        `variables`: what the template may ask for besides (enable_thinking, ...); see ChatTemplate.render.
         Raises RequestError where the checkpoint has no template, or its template refuses the messages.
         """
         if self.chat_template is None:
