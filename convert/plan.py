@@ -48,15 +48,15 @@ def gqa_layers(spec: ModelSpec) -> list[GQASpec]:
 def split_budget(spec: GQASpec, cache_ratio: float) -> tuple[int, int]:
     """-> (r, dr) with r + dr at most cache_ratio * 2 g D, the source's cache width.
 
-    dr is the largest of D, D/2, D/4, ... that is even and at most half the budget: keeping RoPE on more channels has
-    served better than a larger rank wherever both were measured (docs/conversion.md). The rank is rounded down to
+    dr is the largest of D, D/2, D/4, ... that is even and at most two thirds of the budget: RoPE on more channels
+    kept more of every model measured (convert/README.md) than a larger rank did. The rank is rounded down to
     a power of two's multiple, 16 at most, that costs it no more than an eighth.
     """
     if not 0 < cache_ratio <= 1:
         raise ConversionError(f"--cache-ratio {cache_ratio:g} is out of range: it must be above 0 and at most 1")
     budget = int(cache_ratio * spec.cache_width + 1e-6)
     rope = spec.head_dim
-    while rope % 4 == 0 and 2 * rope > budget:
+    while rope % 4 == 0 and 3 * rope > 2 * budget:
         rope //= 2
     rank = budget - rope
     if rank < 1:
