@@ -19,7 +19,7 @@ from convert.plan import Candidate
 from convert.quality import Comparison, relative_error
 from convert.statistics import collect
 from convert.stream import Stream
-from engine.checkpoint.checkpoint import Checkpoint
+from engine.checkpoint import Checkpoint
 from engine.kernels.norm import rms_norm
 from engine.model.transformer import Layer
 from engine.spec import GQASpec, LayerSpec
@@ -62,7 +62,7 @@ def sweep(
     loaded, stored = precision.load(outer), precision.load(precision.store(outer))
     fit_stream, check_stream = (Stream(w, loaded["embed_tokens.weight"]) for w in (fit, check))
     own_streams = [Stream(check, stored["embed_tokens.weight"]) for _ in candidates]
-    for index, spec in enumerate(tqdm(source.spec.layers, description, unit="layer")):
+    for index, spec in enumerate(tqdm(source.spec.layers, description, unit="layer", disable=None)):
         assert isinstance(spec.attention, GQASpec)  # candidates exist for GQA models alone
         raw = source.layer(index)
         tensors = precision.load(raw)
@@ -98,7 +98,6 @@ def _compare(
 
     comparison = Comparison(vocab)
     for a, b in zip(source.chunks, own.chunks, strict=True):
-        comparison.add(
-            final(a.x[a.scored], loaded), final(b.x[b.scored], stored), a.targets, logits(loaded), logits(stored)
-        )
+        hidden = final(a.predicting(a.x), loaded), final(b.predicting(b.x), stored)
+        comparison.add(*hidden, a.targets, logits(loaded), logits(stored))
     return comparison

@@ -1,4 +1,4 @@
-"""How far a converted model is from its source: perplexity of both, KL divergence and top-1 agreement, token by token."""
+"""How far a converted model is from its source: perplexity, KL divergence, top-1 agreement, error of outputs."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def sample_tokens(source: Checkpoint, tokenizer: Tokenizer, count: int, seed: in
     if opening is not None and len(opening) + USER_TOKENS >= sampler.limit:
         opening = None  # no room for a chat
     ids: list[int] = []
-    with tqdm(total=count, desc="sampling calibration text", unit="tok") as progress:
+    with tqdm(total=count, desc="sampling calibration text", unit="tok", disable=None) as progress:
         while len(ids) < count:
             ids += [t for sample in sampler.draw([[start]] * sampler.round, None, progress) for t in sample]
             if opening is not None and len(ids) < count:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convert.errors import ConversionError
 from engine.spec import GQASpec
 
 
@@ -25,7 +26,7 @@ class LayerStatistics:
 
 
 def collect(spec: GQASpec, tensors: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> LayerStatistics:
-    """`tensors`: the layer's attention tensors (`k_proj.weight`, ...); `inputs`: its normed inputs, [T, hidden] each."""
+    """`tensors`: the attention's (`k_proj.weight`, ...); `inputs`: what it sees, normed, [T, hidden] each."""
     weight = torch.cat((tensors["k_proj.weight"], tensors["v_proj.weight"]))  # [2 g D, hidden]
     bias = torch.cat((tensors["k_proj.bias"], tensors["v_proj.bias"])) if spec.qkv_bias else None
     moment = torch.zeros(len(weight), len(weight), dtype=torch.float64, device=weight.device)
@@ -34,4 +35,6 @@ def collect(spec: GQASpec, tensors: Mapping[str, Tensor], inputs: Iterable[Tenso
         kv = F.linear(x, weight, bias).double()  # [T, 2 g D]
         moment.addmm_(kv.T, kv)
         tokens += len(x)
+    if not torch.isfinite(moment).all():
+        raise ConversionError("the source model computes keys or values that are not finite: its weights are damaged")
     return LayerStatistics(tokens, moment / tokens)

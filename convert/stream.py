@@ -22,31 +22,27 @@ BLOCK_SIZE = 64
 
 
 class Chunk:
-    """Whole windows, run as fresh sequences of one batch: x [T, hidden] is where they stand in the model."""
+    """Windows of one length, run as fresh sequences of one batch: x [T, hidden] is where they stand in the model."""
 
     def __init__(self, windows: Sequence[Sequence[int]], embedding: Tensor) -> None:
-        device, lengths = embedding.device, [len(window) for window in windows]
-        tables: list[list[int]] = []
-        for length in lengths:
-            start = tables[-1][-1] + 1 if tables else 0
-            tables.append(list(range(start, start + -(-length // BLOCK_SIZE))))
-        self.num_blocks = tables[-1][-1] + 1
-        self.batch = Batch.build([0] * len(windows), lengths, tables, BLOCK_SIZE, device)
-        self.token_ids = torch.tensor([t for window in windows for t in window], device=device)
+        ids = torch.tensor(windows, device=embedding.device)  # int64 [windows, length]
+        self.num_windows, self.length = ids.shape
+        self.batch = Batch.dense(self.num_windows, self.length, BLOCK_SIZE, embedding.device)
+        self.num_blocks = self.num_windows * -(-self.length // BLOCK_SIZE)
+        self.token_ids = ids.flatten()
+        self.targets = ids[:, 1:].flatten()  # what the windows' tokens predict; the last of each predicts nothing
         self.x = F.embedding(self.token_ids, embedding)
-        # The last token of a window predicts nothing; every other one predicts its successor.
-        bounds = torch.tensor(lengths, device=device).cumsum(0) - 1
-        predicts = torch.ones(len(self.token_ids), dtype=torch.bool, device=device)
-        predicts[bounds] = False
-        self.scored = predicts.nonzero().squeeze(1)  # int64 [n], positions whose prediction is scored
-        self.targets = self.token_ids[self.scored + 1]
+
+    def predicting(self, rows: Tensor) -> Tensor:
+        """rows [T, n] -> the rows of the tokens that predict `targets`."""
+        return rows.unflatten(0, (self.num_windows, self.length))[:, :-1].flatten(0, 1)
 
 
 def chunks(windows: Sequence[Sequence[int]], embedding: Tensor, limit: int = CHUNK_TOKENS) -> Iterator[Chunk]:
-    """Windows in order, together as long as they have at most `limit` tokens; a longer one alone."""
+    """Windows in order: neighbours of one length together, as long as they have at most `limit` tokens."""
     held: list[Sequence[int]] = []
     for window in windows:
-        if held and sum(map(len, held)) + len(window) > limit:
+        if held and (len(window) != len(held[0]) or (len(held) + 1) * len(window) > limit):
             yield Chunk(held, embedding)
             held = []
         held.append(window)

@@ -1,8 +1,8 @@
 """Text files -> token windows, the same way for calibration and for evaluation.
 
-Every window stands alone, as a fresh sequence. Where the tokenizer begins a text with BOS, so does each window; where it
-does not, each window begins with the last token of the one before. Either way the first token is there to be seen, not
-predicted, and every later token of the text is predicted exactly once.
+Every window stands alone, as a fresh sequence. Where the tokenizer begins a text with BOS, so does each window; where
+it does not, each window begins with the last token of the one before. Either way a window's first token is there to be
+seen, not predicted, and every other token of the text is predicted exactly once.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def rotation(spec: GQASpec, key_moment: Tensor, options: TransMLAOptions) -> Ten
 
 
 def joint_basis(nope: Tensor, kv_moment: Tensor, rank: int) -> tuple[Tensor, float]:
-    """-> (R [nope rows + g D, r], rho): the leading directions of [nope k / rho; v], `nope` [n, g D] being a key map."""
+    """-> (R [n + g D, r], rho): the leading directions of [nope k / rho; v], `nope` [n, g D] being a map of keys."""
     width = nope.shape[1]
     both = torch.block_diag(nope, torch.eye(width, dtype=nope.dtype, device=nope.device))
     moment = both @ kv_moment @ both.T
