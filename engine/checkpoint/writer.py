@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +28,7 @@ from engine.checkpoint.layout import Shape, check_tensors, layer_tensors, outer_
 from engine.checkpoint.mla_format import config_from_spec, format_config
 from engine.checkpoint.tensor_files import INDEX, SINGLE
 from engine.errors import CheckpointError
-from engine.spec import ModelSpec
+from engine.spec import LayerSpec, ModelSpec
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 GENERATION = "generation_config.json"
@@ -47,6 +48,8 @@ class CheckpointWriter:
     ) -> None:
         """`source` gives tokenizer, chat template and generation defaults. Weights are cast to spec.dtype.
 
+        The layers of `spec` may be provisional (the source's, say) where `add_layer` brings each one's own.
+
         Raises CheckpointError where `out` exists and is not an empty folder, unless `overwrite` is given and it holds a
         checkpoint. At most `shard_bytes` of weights and one layer wait in memory.
         """
@@ -55,7 +58,7 @@ class CheckpointWriter:
         self._source = source
         self._shard_bytes = shard_bytes
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
-        self._config = format_config(config_from_spec(spec))
+        self._layers = list(spec.layers)
         self._check_out(overwrite)
         self._missing: set[int | None] = {None, *range(len(spec.layers))}  # None: what no layer owns
         self._pending: dict[str, Tensor] = {}
@@ -78,18 +81,24 @@ class CheckpointWriter:
         """embed_tokens.weight, norm.weight and, unless tied, lm_head.weight."""
         self._add(tensors, outer_tensors(self._spec), None)
 
-    def add_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """One layer's tensors, named without `model.layers.<i>.`, on any device, in any floating dtype."""
-        self._add(tensors, layer_tensors(self._spec.layers[index], self._spec.hidden_size), index)
+    def add_layer(self, index: int, tensors: Mapping[str, Tensor], spec: LayerSpec | None = None) -> None:
+        """One layer's tensors, named without `model.layers.<i>.`, on any device, in any floating dtype.
+
+        `spec`: what the layer is, where that came out only with its tensors; it takes the place of the constructor's.
+        """
+        if spec is not None:
+            self._layers[index] = spec
+        self._add(tensors, layer_tensors(self._layers[index], self._spec.hidden_size), index)
 
     def finish(self, conversion: Mapping[str, Any]) -> None:
         """Write what remains, `conversion` as conversion.json, and put the folder in its place."""
         if self._missing:
             raise CheckpointError(f"{self._out}: not written yet: {_part(min(self._missing, key=lambda i: i or -1))}")
+        config = format_config(config_from_spec(replace(self._spec, layers=tuple(self._layers))))
         with self._errors():
             self._flush()
             self._name_shards()
-            (self._temporary / "config.json").write_text(self._config)
+            (self._temporary / "config.json").write_text(config)
             (self._temporary / "conversion.json").write_text(json.dumps(conversion, indent=2) + "\n")
             for name in (*COPIED, GENERATION):
                 if (self._source.path / name).exists():

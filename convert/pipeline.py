@@ -1,0 +1,103 @@
+"""A pass over the source's layers: calibration statistics -> method -> the layer as it will be written, and its error.
+
+Invariant: one layer's weights are in memory at a time, beside the embedding and the head; everything else held is
+activations. All statistics are the source model's own: no layer sees the conversion of those before it. What is
+measured is what is written: errors are taken with the tensors rounded to the dtype they are stored in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from convert.plan import Candidate
+from convert.quality import Comparison, relative_error
+from convert.statistics import collect
+from convert.stream import Stream
+from engine.checkpoint import Checkpoint
+from engine.kernels.norm import rms_norm
+from engine.model.transformer import Layer
+from engine.spec import GQASpec, LayerSpec
+
+Windows = Sequence[Sequence[int]]
+# Takes each converted layer as it is made, in order: its spec, its tensors as stored, and the relative error of its
+# attention's output on the source's own inputs.
+LayerSink = Callable[[LayerSpec, dict[str, Tensor], float], None]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Where and how to compute, and how the result is stored."""
+
+    device: torch.device
+    stored: torch.dtype
+    compute: torch.dtype = torch.float32
+
+    def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.to(self.device, self.compute) for name, t in tensors.items()}
+
+    def store(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.to(self.stored) for name, t in tensors.items()}
+
+
+def sweep(
+    source: Checkpoint,
+    fit: Windows,
+    check: Windows,
+    candidates: Sequence[Candidate],
+    precision: Precision,
+    sink: LayerSink | None = None,
+    description: str = "converting",
+) -> list[Comparison]:
+    """Convert the whole model by every candidate, with statistics of `fit`; -> how each compares on `check`.
+
+    `sink` gets the first candidate's layers.
+    """
+    outer = source.outer()
+    loaded, stored = precision.load(outer), precision.load(precision.store(outer))
+    fit_stream, check_stream = (Stream(w, loaded["embed_tokens.weight"]) for w in (fit, check))
+    own_streams = [Stream(check, stored["embed_tokens.weight"]) for _ in candidates]
+    for index, spec in enumerate(tqdm(source.spec.layers, description, unit="layer", disable=None)):
+        assert isinstance(spec.attention, GQASpec)  # candidates exist for GQA models alone
+        raw = source.layer(index)
+        tensors = precision.load(raw)
+        attention = {n.removeprefix("self_attn."): t for n, t in tensors.items() if n.startswith("self_attn.")}
+        rest = {n: t for n, t in raw.items() if not n.startswith("self_attn.")}
+        layer = Layer(spec, source.spec.norm_eps, tensors)
+        statistics = collect(spec.attention, attention, fit_stream.inputs(layer))
+        for i, (candidate, stream) in enumerate(zip(candidates, own_streams, strict=True)):
+            mla, made = candidate.layers[index](spec.attention, attention, statistics)
+            written = precision.store(rest | {f"self_attn.{n}": t for n, t in made.items()})
+            converted = Layer(LayerSpec(mla, spec.mlp), source.spec.norm_eps, precision.load(written))
+            if i == 0 and sink is not None:
+                error = relative_error(zip(check_stream.attended(layer), check_stream.attended(converted), strict=True))
+                sink(converted.spec, written, error)
+            stream.advance(converted)
+        fit_stream.advance(layer)
+        check_stream.advance(layer)
+    eps, vocab = source.spec.norm_eps, source.spec.vocab_size
+    return [_compare(check_stream, own, loaded, stored, eps, vocab) for own in own_streams]
+
+
+def _compare(
+    source: Stream, own: Stream, loaded: Mapping[str, Tensor], stored: Mapping[str, Tensor], eps: float, vocab: int
+) -> Comparison:
+    """Final norm and head on both residual streams."""
+
+    def final(x: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
+        return rms_norm(x, outer["norm.weight"], eps)
+
+    def logits(outer: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        head = outer.get("lm_head.weight", outer["embed_tokens.weight"])
+        return lambda hidden: F.linear(hidden, head)
+
+    comparison = Comparison(vocab)
+    for a, b in zip(source.chunks, own.chunks, strict=True):
+        hidden = final(a.predicting(a.x), loaded), final(b.predicting(b.x), stored)
+        comparison.add(*hidden, a.targets, logits(loaded), logits(stored))
+    return comparison

@@ -1,0 +1,97 @@
+"""What the commands print, and the JSON file beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.errors import ConversionError
+from convert.memory import conversations_that_fit
+
+GPU_MEMORY = 24 << 30
+CONVERSATION = 8192  # tokens
+
+
+def check_json_target(path: Path | None) -> None:
+    """Before the work is done: raises ConversionError where its report could not be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ConversionError(f"--json {path}: cannot be written: name a file in a folder that exists")
+
+
+def write_json(path: Path | None, report: Mapping[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise ConversionError(f"--json {path}: cannot be written: {error.strerror}") from None
+
+
+def conversion_summary(report: Mapping[str, Any], source: Path) -> str:
+    """`report`: as `conversion.convert` gives it."""
+    quality = report["quality"]
+    fits = [
+        conversations_that_fit(GPU_MEMORY, report[f"{which}weight_bytes"], report[f"{which}cache_bytes_per_token"],
+                               CONVERSATION)
+        for which in ("source_", "")
+    ]  # fmt: skip
+    ratio = report["cache_bytes_per_token"] / report["source_cache_bytes_per_token"]
+    lines = _table(
+        [
+            ("", "source", "converted"),
+            ("perplexity", f"{quality['reference_perplexity']:.3f}", f"{quality['perplexity']:.3f}"),
+            ("KL to the source, nats/token", "", f"{quality['kl']:.4g}"),
+            ("same likeliest token", "", f"{quality['top1_agreement']:.1%}"),
+            (
+                "cache bytes per token",
+                f"{report['source_cache_bytes_per_token']:,}",
+                f"{report['cache_bytes_per_token']:,}",
+            ),
+            ("8k conversations in 24 GiB", f"{fits[0]:,}", f"{fits[1]:,}"),
+        ]
+    )
+    sizes = sorted({(layer["kv_lora_rank"], layer["rope_width"]) for layer in report["layers"]})
+    return "\n".join(
+        [
+            f"\n{report['source']} -> {report['out']}",
+            f"{report['method']}, {_options(report)}latent + rope per layer: "
+            f"{', '.join(f'{r} + {rope}' for r, rope in sizes)} ({ratio:.0%} of the cache)",
+            *lines,
+            f"Measured on {quality['tokens']:,} tokens held out of the calibration text. Measure on text of your own:",
+            f"  python -m convert evaluate --model {report['out']} --reference {source} --text FILE.txt",
+            "Serve it:",
+            f"  python -m server --model {report['out']}",
+        ]
+    )
+
+
+def evaluation_summary(report: Mapping[str, Any]) -> str:
+    """`report`: as `evaluate.evaluate` gives it."""
+
+    def row(name: str, key: str, form: str) -> tuple[str, str, str]:
+        return name, format(report[f"reference_{key}"], form), format(report[key], form)
+
+    lines = _table(
+        [
+            ("", "reference", "model"),
+            row("perplexity", "perplexity", ".4f"),
+            row("bits per byte", "bits_per_byte", ".4f"),
+            ("KL to the reference, nats/token", "", f"{report['kl']:.4g}"),
+            ("same likeliest token", "", f"{report['top1_agreement']:.2%}"),
+            row("cache bytes per token", "cache_bytes_per_token", ","),
+        ]
+    )
+    where = f"{report['tokens']:,} predicted tokens of {report['text']}, windows of {report['window']}"
+    return "\n".join([*lines, where])
+
+
+def _options(report: Mapping[str, Any]) -> str:
+    fold = report["options"]["freqfold"]
+    return "" if fold is None else f"freqfold {fold}, "
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]

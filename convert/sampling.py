@@ -1,0 +1,115 @@
+"""Text that a model writes by itself, through the engine: calibration data where there is no file of it.
+
+A model with a chat template writes half of it as chats: the template up to where a user's words begin, which the model
+supplies (arXiv 2406.08464), then the template around them, and its own reply. All else begins on an empty page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from convert.errors import ConversionError
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.errors import RequestError
+from engine.messages import Request
+from engine.model.load import load_model
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+
+SAMPLE_TOKENS = 512  # of one sample, prompt and output, at most
+USER_TOKENS = 128  # of a user's words in a chat, at most
+MIN_SAMPLE = 16  # an end token cannot come before; keeps a model that is quick to end from stalling the loop
+MARK = "USER-TEXT-GOES-HERE"
+
+
+class Sampler:
+    """Draws samples in rounds, on an engine of its own, each with a seed of its own."""
+
+    round = 32  # samples drawn together
+
+    def __init__(self, source: Checkpoint, seed: int, device: str | None) -> None:
+        self.limit = min(SAMPLE_TOKENS, source.spec.max_position_embeddings)
+        self._seed = seed
+        self._drawn = 0
+        config = EngineConfig(
+            device=device,
+            max_num_seqs=self.round,
+            max_model_len=self.limit,
+            cache_tokens=self.round * (self.limit + 64),  # and at most a block that is not full
+            prefix_cache=False,
+        )
+        self._core = EngineCore(load_model(source, device), source.generation, config)
+
+    def draw(self, prompts: Sequence[Sequence[int]], max_tokens: int | None, progress: tqdm) -> list[list[int]]:
+        """The outputs, in the order of the prompts, end token included."""
+        outputs: dict[str, list[int]] = {}
+        for prompt in prompts:
+            self._drawn += 1
+            params = SamplingParams(
+                temperature=1.0,
+                seed=self._seed * 1_000_003 + self._drawn & 0x7FFF_FFFF_FFFF_FFFF,
+                max_tokens=max_tokens,
+                min_tokens=min(MIN_SAMPLE, max_tokens or MIN_SAMPLE),
+            )
+            request = Request(id=str(self._drawn), prompt_ids=list(prompt), params=params)
+            self._core.add(request)
+            outputs[request.id] = []
+        while self._core.has_work:
+            for output in self._core.step():
+                if output.error is not None:
+                    raise ConversionError(f"the source model cannot be sampled from: {output.error}")
+                outputs[output.request_id] += output.token_ids
+                progress.update(len(output.token_ids))
+        return list(outputs.values())
+
+
+def sample_tokens(source: Checkpoint, tokenizer: Tokenizer, count: int, seed: int, device: str | None) -> list[int]:
+    """At least `count` token ids, samples end to end; the same for the same seed."""
+    start = _empty_page(source)
+    opening = _user_opening(tokenizer)
+    sampler = Sampler(source, seed, device)
+    if opening is not None and len(opening) + USER_TOKENS >= sampler.limit:
+        opening = None  # no room for a chat
+    ids: list[int] = []
+    with tqdm(total=count, desc="sampling calibration text", unit="tok", disable=None) as progress:
+        while len(ids) < count:
+            ids += [t for sample in sampler.draw([[start]] * sampler.round, None, progress) for t in sample]
+            if opening is not None and len(ids) < count:
+                ids += _draw_chats(sampler, tokenizer, opening, progress)
+    return ids
+
+
+def _draw_chats(sampler: Sampler, tokenizer: Tokenizer, opening: list[int], progress: tqdm) -> list[int]:
+    prompts = []
+    for user in sampler.draw([opening] * sampler.round, USER_TOKENS, progress):
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": tokenizer.decode(user).strip()}])
+        prompts.append(tokenizer.encode(chat, add_special_tokens=False)[: sampler.limit // 2])
+    replies = sampler.draw(prompts, None, progress)
+    return [t for prompt, reply in zip(prompts, replies, strict=True) for t in (*prompt, *reply)]
+
+
+def _empty_page(source: Checkpoint) -> int:
+    """The token after which a model begins a new text: BOS, or the end token where there is no BOS."""
+    ends = source.generation.eos_token_ids
+    if source.generation.bos_token_id is not None:
+        return source.generation.bos_token_id
+    if ends:
+        return ends[0]
+    raise ConversionError(
+        f"{source.path}: has no BOS or end token to start writing from; give calibration text with --calibration"
+    )
+
+
+def _user_opening(tokenizer: Tokenizer) -> list[int] | None:
+    """A chat up to where the user's words begin; None without a template, or with one that hides where that is."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        before, mark, _ = tokenizer.apply_chat_template([{"role": "user", "content": MARK}]).partition(MARK)
+    except RequestError:  # a template that wants more than a user message
+        return None
+    return tokenizer.encode(before, add_special_tokens=False) or None if mark else None

@@ -1,0 +1,83 @@
+"""The residual stream of many token windows, carried through a model one layer at a time.
+
+Invariant: between two calls every chunk stands before the same layer. No layer's weights are held here, and the cache
+is one layer's, for one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.kernels.norm import rms_norm
+from engine.model.batch import Batch
+from engine.model.rotary import Rotary
+from engine.model.transformer import Layer, rope_key
+
+CHUNK_TOKENS = 4096
+BLOCK_SIZE = 64
+
+
+class Chunk:
+    """Windows of one length, run as fresh sequences of one batch: x [T, hidden] is where they stand in the model."""
+
+    def __init__(self, windows: Sequence[Sequence[int]], embedding: Tensor) -> None:
+        ids = torch.tensor(windows, device=embedding.device)  # int64 [windows, length]
+        self.num_windows, self.length = ids.shape
+        self.batch = Batch.dense(self.num_windows, self.length, BLOCK_SIZE, embedding.device)
+        self.num_blocks = self.num_windows * -(-self.length // BLOCK_SIZE)
+        self.token_ids = ids.flatten()
+        self.targets = ids[:, 1:].flatten()  # what the windows' tokens predict; the last of each predicts nothing
+        self.x = F.embedding(self.token_ids, embedding)
+
+    def predicting(self, rows: Tensor) -> Tensor:
+        """rows [T, n] -> the rows of the tokens that predict `targets`."""
+        return rows.unflatten(0, (self.num_windows, self.length))[:, :-1].flatten(0, 1)
+
+
+def chunks(windows: Sequence[Sequence[int]], embedding: Tensor, limit: int = CHUNK_TOKENS) -> Iterator[Chunk]:
+    """Windows in order: neighbours of one length together, as long as they have at most `limit` tokens."""
+    held: list[Sequence[int]] = []
+    for window in windows:
+        if held and (len(window) != len(held[0]) or (len(held) + 1) * len(window) > limit):
+            yield Chunk(held, embedding)
+            held = []
+        held.append(window)
+    if held:
+        yield Chunk(held, embedding)
+
+
+class Stream:
+    """All the windows of a text, standing before the same layer."""
+
+    def __init__(self, windows: Sequence[Sequence[int]], embedding: Tensor) -> None:
+        self.chunks = list(chunks(windows, embedding))
+
+    def inputs(self, layer: Layer) -> Iterator[Tensor]:
+        """What the layer's projections see: normed [T, hidden], chunk by chunk."""
+        for chunk in self.chunks:
+            yield rms_norm(chunk.x, layer.attention_norm, layer.eps)
+
+    def attended(self, layer: Layer) -> Iterator[Tensor]:
+        """What the layer's attention adds to the residual stream: [T, hidden], chunk by chunk."""
+        cache = self._cache(layer)
+        for chunk, normed in zip(self.chunks, self.inputs(layer), strict=True):
+            yield layer.attention(normed, chunk.batch, cache, _rotations(layer, chunk))
+
+    def advance(self, layer: Layer) -> None:
+        """Run the layer on every chunk."""
+        cache = self._cache(layer)
+        for chunk in self.chunks:
+            chunk.x = layer(chunk.x, chunk.batch, cache, _rotations(layer, chunk))
+
+    def _cache(self, layer: Layer) -> Tensor:
+        blocks, x = max(chunk.num_blocks for chunk in self.chunks), self.chunks[0].x
+        return torch.zeros(blocks, BLOCK_SIZE, layer.spec.attention.cache_width, dtype=x.dtype, device=x.device)
+
+
+def _rotations(layer: Layer, chunk: Chunk) -> Tensor:
+    rotary = Rotary([rope_key(layer.spec.attention)], chunk.x.device)
+    return rotary.tables(chunk.batch.positions)[0]
