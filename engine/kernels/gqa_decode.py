@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels._triton import jit, tl
+from engine.kernels.attention_parts import LOG2_E, load_columns, softmax_end, softmax_start, softmax_step, store_columns
 from engine.kernels.cache import padded_rows
+from engine.kernels.split_kv import combine, num_splits, partial_results, split_range
+from engine.kernels.tiles import gqa_decode_tile, pad
 
 
 def gqa_decode_torch(
@@ -25,6 +29,97 @@ def gqa_decode_torch(
         outs.append(scores.softmax(-1) @ heads[num_kv_heads + i])
     out = torch.cat(outs, 1)
     return out if padding is None else out.masked_fill_((kv_lens == 0)[:, None, None], 0)
+
+
+@jit
+def _gqa_decode_kernel(
+    q_ptr: tl.tensor,  # [B, H, DIM]
+    cache_ptr: tl.tensor,  # [num_blocks, BLOCK_SIZE, 2 g DIM]
+    tables_ptr: tl.tensor,  # int32 [B, max_blocks]
+    lens_ptr: tl.tensor,  # int32 [B]
+    out_ptr: tl.tensor,  # [B, H, SPLITS, DIM]
+    lse_ptr: tl.tensor,  # fp32 [B, H, SPLITS], unused with one split
+    scale: float,  # times log2 e
+    num_heads: int,
+    num_kv_heads: int,
+    q_stride_b: int,
+    q_stride_h: int,
+    cache_stride_block: int,
+    cache_stride_row: int,
+    tables_stride: int,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads per KV head
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS  # programs per KV head
+    split, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(0) // TILES
+    in_group = tl.program_id(0) % TILES * HEADS + tl.arange(0, HEADS)
+    head_mask = in_group < GROUP
+    heads = kv_head * GROUP + in_group
+    q = load_columns(q_ptr + b * q_stride_b + heads * q_stride_h, head_mask, 0, DIM_PADDED, DIM)
+    acc = tl.zeros([HEADS, DIM_PADDED], tl.float32)
+    peak, total = softmax_start(HEADS)
+    kv_len = tl.load(lens_ptr + b)
+    first, last = split_range(kv_len, split, TOKENS, SPLITS)
+    table_ptr = tables_ptr + b * tables_stride
+    keys_ptr = cache_ptr + kv_head * DIM
+    positions = first * TOKENS + tl.arange(0, TOKENS)
+    blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+
+    for _ in tl.range(first, last, num_stages=STAGES):
+        valid = positions < kv_len
+        rows = keys_ptr + blocks.to(tl.int64) * cache_stride_block + positions % BLOCK_SIZE * cache_stride_row
+        positions += TOKENS  # the next tile's blocks are read ahead: a load that waits for a load is not pipelined
+        blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+        keys = load_columns(rows, valid, 0, DIM_PADDED, DIM)
+        values = load_columns(rows + num_kv_heads * DIM, valid, 0, DIM_PADDED, DIM)
+        scores = tl.dot(q, keys.T, input_precision="ieee")
+        scores = tl.where(valid[None, :], scores * scale, float("-inf"))
+        weights, rescale, peak, total = softmax_step(scores, peak, total)
+        acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
+
+    factor, lse = softmax_end(peak, total)
+    results = (b * num_heads + heads) * SPLITS + split
+    written = head_mask
+    if SPLITS > 1:
+        tl.store(lse_ptr + results, lse, mask=head_mask)
+        written = head_mask & (first < last)
+    store_columns(out_ptr + results * DIM, written, acc * factor[:, None], 0, DIM_PADDED, DIM)
+
+
+def gqa_decode_triton(
+    q: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    num_kv_heads: int,
+    scale: float,
+    max_kv_len: int,
+    splits: int | None = None,
+) -> Tensor:
+    """As `gqa_decode`; `splits`, a power of two, is chosen from the shapes where it is None."""
+    batch, num_heads, dim = q.shape
+    group = num_heads // num_kv_heads
+    tile = gqa_decode_tile(dim, group, q.element_size())
+    programs = num_kv_heads * -(-group // tile.rows)
+    splits = splits or num_splits(batch * programs, max_kv_len, q.device)
+    out = torch.empty(batch, num_heads, dim, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    partial, lse = partial_results(out, splits)
+    _gqa_decode_kernel[(programs, splits, batch)](
+        q, cache, block_tables, kv_lens, partial, lse, scale * LOG2_E, num_heads, num_kv_heads,
+        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), block_tables.stride(0),
+        DIM=dim, DIM_PADDED=pad(dim), GROUP=group, BLOCK_SIZE=cache.shape[1],
+        HEADS=tile.rows, TOKENS=tile.tokens, SPLITS=splits, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    return combine(partial, lse, out)
 
 
 def gqa_decode(

@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels._triton import jit, next_power_of_2, tl
+from engine.kernels.attention_parts import (
+    LOG2_E,
+    find_tile,
+    load_columns,
+    softmax_end,
+    softmax_start,
+    softmax_step,
+    store_columns,
+)
 from engine.kernels.flash_cpu import causal_attention
+from engine.kernels.tiles import pad, prefill_tile
 
 
 def gqa_prefill_torch(
@@ -26,6 +37,87 @@ def gqa_prefill_torch(
         queries = q[q0:q1].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [g, H/g, Q, D]
         attended, _ = causal_attention(queries, keys, values, kv_len - (q1 - q0), scale)
         out[q0:q1] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+    return out
+
+
+@jit
+def _gqa_prefill_kernel(
+    q_ptr: tl.tensor,  # [T, H, DIM]
+    cache_ptr: tl.tensor,  # [num_blocks, BLOCK_SIZE, 2 g DIM]
+    tables_ptr: tl.tensor,  # int32 [B, max_blocks]
+    cu_q_ptr: tl.tensor,  # int32 [B + 1]
+    lens_ptr: tl.tensor,  # int32 [B]
+    out_ptr: tl.tensor,  # [T, H, DIM]
+    scale: float,  # times log2 e
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    q_stride_t: int,
+    q_stride_h: int,
+    cache_stride_block: int,
+    cache_stride_row: int,
+    tables_stride: int,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    SEQS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    head = tl.program_id(1)
+    kv_head = head * num_kv_heads // num_heads
+    b, first_row = find_tile(cu_q_ptr, tl.program_id(0), num_seqs, ROWS, SEQS)
+    if b >= num_seqs:
+        return
+    q_begin, q_end = tl.load(cu_q_ptr + b), tl.load(cu_q_ptr + b + 1)
+    kv_len = tl.load(lens_ptr + b)
+    in_seq = first_row + tl.arange(0, ROWS)
+    row_mask = in_seq < q_end - q_begin
+    q_positions = kv_len - (q_end - q_begin) + in_seq
+    tokens = (q_begin + in_seq).to(tl.int64)
+    q = load_columns(q_ptr + tokens * q_stride_t + head * q_stride_h, row_mask, 0, DIM_PADDED, DIM)
+    acc = tl.zeros([ROWS, DIM_PADDED], tl.float32)
+    peak, total = softmax_start(ROWS)
+    table_ptr = tables_ptr + b.to(tl.int64) * tables_stride
+    keys_ptr = cache_ptr + kv_head * DIM
+    seen = tl.minimum(kv_len - (q_end - q_begin) + first_row + ROWS, kv_len)  # by any row of this tile
+    positions = tl.arange(0, TOKENS)
+    blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+
+    for _ in tl.range(0, tl.cdiv(seen, TOKENS), num_stages=STAGES):
+        valid = positions < kv_len
+        visible = valid[None, :] & (positions[None, :] <= q_positions[:, None])
+        rows = keys_ptr + blocks.to(tl.int64) * cache_stride_block + positions % BLOCK_SIZE * cache_stride_row
+        positions += TOKENS  # the next tile's blocks are read ahead: a load that waits for a load is not pipelined
+        blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+        keys = load_columns(rows, valid, 0, DIM_PADDED, DIM)
+        values = load_columns(rows + num_kv_heads * DIM, valid, 0, DIM_PADDED, DIM)
+        scores = tl.dot(q, keys.T, input_precision="ieee")
+        scores = tl.where(visible, scores * scale, float("-inf"))
+        weights, rescale, peak, total = softmax_step(scores, peak, total)
+        acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
+
+    factor, _ = softmax_end(peak, total)
+    out_rows = out_ptr + (tokens * num_heads + head) * DIM
+    store_columns(out_rows, row_mask, acc * factor[:, None], 0, DIM_PADDED, DIM)
+
+
+def gqa_prefill_triton(
+    q: Tensor, cache: Tensor, block_tables: Tensor, cu_q: Tensor, kv_lens: Tensor, num_kv_heads: int, scale: float
+) -> Tensor:
+    num_tokens, num_heads, dim = q.shape
+    num_seqs = kv_lens.shape[0]
+    tile = prefill_tile(pad(dim), pad(dim), q.element_size())
+    out = torch.empty(num_tokens, num_heads, dim, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    _gqa_prefill_kernel[(-(-num_tokens // tile.rows) + num_seqs, num_heads)](
+        q, cache, block_tables, cu_q, kv_lens, out, scale * LOG2_E, num_seqs, num_heads, num_kv_heads,
+        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), block_tables.stride(0),
+        DIM=dim, DIM_PADDED=pad(dim), SEQS=next_power_of_2(num_seqs), BLOCK_SIZE=cache.shape[1],
+        ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
     return out
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels._triton import jit, tl
+from engine.kernels.attention_parts import LOG2_E, load_columns, softmax_end, softmax_start, softmax_step, store_columns
 from engine.kernels.cache import padded_rows
+from engine.kernels.split_kv import combine, num_splits, partial_results, split_range
+from engine.kernels.tiles import mla_decode_tile, power_of_2_chunks
 
 
 def mla_decode_torch(
@@ -19,6 +23,128 @@ def mla_decode_torch(
         return scores.softmax(-1) @ rows[..., :rank]
     out = scores.masked_fill_(padding[:, None], float("-inf")).softmax(-1) @ rows[..., :rank]
     return out.masked_fill_((kv_lens == 0)[:, None, None], 0)
+
+
+@jit
+def _mla_decode_kernel(
+    q_ptr: tl.tensor,  # [B, H, RANK + ROPE]
+    cache_ptr: tl.tensor,  # [num_blocks, BLOCK_SIZE, RANK + ROPE]
+    tables_ptr: tl.tensor,  # int32 [B, max_blocks]
+    lens_ptr: tl.tensor,  # int32 [B]
+    out_ptr: tl.tensor,  # [B, H, SPLITS, RANK]
+    lse_ptr: tl.tensor,  # fp32 [B, H, SPLITS], unused with one split
+    scale: float,  # times log2 e
+    num_heads: int,
+    q_stride_b: int,
+    q_stride_h: int,
+    cache_stride_block: int,
+    cache_stride_row: int,
+    tables_stride: int,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    R0: tl.constexpr,  # the latent's columns in power-of-two chunks, each a tensor of its own
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    D0: tl.constexpr,  # the rope keys' columns likewise
+    D1: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    WIDTH: tl.constexpr = RANK + ROPE
+    split, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    heads = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    head_mask = heads < num_heads
+    q_rows = q_ptr + b * q_stride_b + heads * q_stride_h
+    q0 = load_columns(q_rows, head_mask, 0, R0, RANK)
+    acc0 = tl.zeros([HEADS, R0], tl.float32)
+    if R1 > 0:
+        q1 = load_columns(q_rows, head_mask, R0, R1, RANK)
+        acc1 = tl.zeros([HEADS, R1], tl.float32)
+    if R2 > 0:
+        q2 = load_columns(q_rows, head_mask, R0 + R1, R2, RANK)
+        acc2 = tl.zeros([HEADS, R2], tl.float32)
+    if D0 > 0:
+        q_rope0 = load_columns(q_rows, head_mask, RANK, D0, WIDTH)
+    if D1 > 0:
+        q_rope1 = load_columns(q_rows, head_mask, RANK + D0, D1, WIDTH)
+    peak, total = softmax_start(HEADS)
+    kv_len = tl.load(lens_ptr + b)
+    first, last = split_range(kv_len, split, TOKENS, SPLITS)
+
+    table_ptr = tables_ptr + b * tables_stride
+    positions = first * TOKENS + tl.arange(0, TOKENS)
+    blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+    for _ in tl.range(first, last, num_stages=STAGES):
+        valid = positions < kv_len
+        rows = cache_ptr + blocks.to(tl.int64) * cache_stride_block + positions % BLOCK_SIZE * cache_stride_row
+        positions += TOKENS  # the next tile's blocks are read ahead: a load that waits for a load is not pipelined
+        blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+        c0 = load_columns(rows, valid, 0, R0, RANK)  # key (transposed) and value in one read
+        scores = tl.dot(q0, c0.T, input_precision="ieee")
+        if R1 > 0:
+            c1 = load_columns(rows, valid, R0, R1, RANK)
+            scores = tl.dot(q1, c1.T, scores, input_precision="ieee")
+        if R2 > 0:
+            c2 = load_columns(rows, valid, R0 + R1, R2, RANK)
+            scores = tl.dot(q2, c2.T, scores, input_precision="ieee")
+        if D0 > 0:
+            scores = tl.dot(q_rope0, load_columns(rows, valid, RANK, D0, WIDTH).T, scores, input_precision="ieee")
+        if D1 > 0:
+            scores = tl.dot(q_rope1, load_columns(rows, valid, RANK + D0, D1, WIDTH).T, scores, input_precision="ieee")
+        scores = tl.where(valid[None, :], scores * scale, float("-inf"))
+        weights, rescale, peak, total = softmax_step(scores, peak, total)
+        weights = weights.to(c0.dtype)
+        acc0 = tl.dot(weights, c0, acc0 * rescale[:, None], input_precision="ieee")
+        if R1 > 0:
+            acc1 = tl.dot(weights, c1, acc1 * rescale[:, None], input_precision="ieee")
+        if R2 > 0:
+            acc2 = tl.dot(weights, c2, acc2 * rescale[:, None], input_precision="ieee")
+
+    factor, lse = softmax_end(peak, total)
+    results = (b * num_heads + heads) * SPLITS + split
+    written = head_mask
+    if SPLITS > 1:
+        tl.store(lse_ptr + results, lse, mask=head_mask)
+        written = head_mask & (first < last)
+    out_rows = out_ptr + results * RANK
+    store_columns(out_rows, written, acc0 * factor[:, None], 0, R0, RANK)
+    if R1 > 0:
+        store_columns(out_rows, written, acc1 * factor[:, None], R0, R1, RANK)
+    if R2 > 0:
+        store_columns(out_rows, written, acc2 * factor[:, None], R0 + R1, R2, RANK)
+
+
+def mla_decode_triton(
+    q: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    rank: int,
+    scale: float,
+    max_kv_len: int,
+    splits: int | None = None,
+) -> Tensor:
+    """As `mla_decode`; `splits`, a power of two, is chosen from the shapes where it is None."""
+    batch, num_heads, width = q.shape
+    tile = mla_decode_tile(rank, width - rank, num_heads, q.element_size())
+    head_blocks = -(-num_heads // tile.rows)
+    splits = splits or num_splits(batch * head_blocks, max_kv_len, q.device)
+    out = torch.empty(batch, num_heads, rank, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    partial, lse = partial_results(out, splits)
+    r0, r1, r2 = power_of_2_chunks(rank, 3)
+    d0, d1 = power_of_2_chunks(width - rank, 2)
+    _mla_decode_kernel[(head_blocks, splits, batch)](
+        q, cache, block_tables, kv_lens, partial, lse, scale * LOG2_E, num_heads,
+        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), block_tables.stride(0),
+        RANK=rank, ROPE=width - rank, R0=r0, R1=r1, R2=r2, D0=d0, D1=d1, BLOCK_SIZE=cache.shape[1],
+        HEADS=tile.rows, TOKENS=tile.tokens, SPLITS=splits, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    return combine(partial, lse, out)
 
 
 def mla_decode(

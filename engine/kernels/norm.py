@@ -6,11 +6,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels._triton import jit, next_power_of_2, tl
+
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., d] -> x / rms(x) * weight, the mean square taken in fp32 (fp64 for fp64 input)."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+@jit
+def _rms_norm_kernel(
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    normed_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    eps: float,
+    x_stride: int,
+    residual_stride: int,
+    WIDTH: tl.constexpr,
+    WIDTH_PADDED: tl.constexpr,
+    ADD: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH_PADDED)
+    mask = columns < WIDTH
+    x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0)
+    dtype = x.dtype
+    if ADD:
+        residual = tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+        tl.store(total_ptr + row * WIDTH + columns, x, mask=mask)
+    wide = x.to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    normed = (wide * inverse_rms).to(dtype).to(tl.float32) * weight
+    tl.store(normed_ptr + row * WIDTH + columns, normed.to(dtype), mask=mask)
+
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    num_rows, width = x.shape
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = normed if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() > 0:
+        padded = next_power_of_2(width)
+        other = x if residual is None else residual
+        _rms_norm_kernel[(num_rows,)](
+            x, other, weight, normed, total, eps, x.stride(0), other.stride(0), WIDTH=width, WIDTH_PADDED=padded,
+            ADD=residual is not None, num_warps=min(16, max(1, padded // 512)),
+        )  # fmt: skip
+    return normed, total
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _launch(x, None, weight, eps)[0]
+
+
+def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _launch(x, residual, weight, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

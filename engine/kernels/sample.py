@@ -17,9 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels._triton import jit, tl
+
 ONE = 2.0**34  # the best token's weight
 MIN_TEMPERATURE = 1e-6  # below it, only tokens tied with the best have any weight
 CHUNK = 64  # the vocabulary is searched in two steps: which chunk, then where in it
+COLUMNS = 4096  # of a tile of the vocabulary on a GPU
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,163 @@ def sample_torch(logits: Tensor, params: SamplingTensors) -> Tensor:
     return torch.where(params.temperature > 0, drawn[:, 0], greedy[:, 0])
 
 
+@jit
+def _load_tile(row_ptr: tl.tensor, start: tl.tensor, vocab: int, COLUMNS: tl.constexpr) -> tl.tensor:
+    """The tile's token ids, and their logits in fp32, -inf past the end of the vocabulary."""
+    tokens = start + tl.arange(0, COLUMNS)
+    return tokens, tl.load(row_ptr + tokens, mask=tokens < vocab, other=float("-inf")).to(tl.float32)
+
+
+@jit
+def _tile_weights(
+    row_ptr: tl.tensor,
+    start: tl.tensor,
+    vocab: int,
+    best: tl.tensor,
+    inverse: tl.tensor,
+    least_logit: tl.tensor,
+    least_weight: tl.tensor,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """int64 [COLUMNS]: the tile's weights, 0 for tokens below either threshold."""
+    _, logits = _load_tile(row_ptr, start, vocab, COLUMNS)
+    weights = tl.floor(tl.exp2((logits - best) * inverse) * 17179869184.0)  # ONE
+    return tl.where((logits >= least_logit) & (weights >= least_weight), weights, 0.0).to(tl.int64)
+
+
+@jit
+def _total_weight(
+    row_ptr: tl.tensor,
+    vocab: int,
+    best: tl.tensor,
+    inverse: tl.tensor,
+    least_logit: tl.tensor,
+    least_weight: tl.tensor,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    total = tl.zeros([COLUMNS], tl.int64)
+    for start in range(0, vocab, COLUMNS):
+        total += _tile_weights(row_ptr, start, vocab, best, inverse, least_logit, least_weight, COLUMNS)
+    return tl.sum(total, 0)
+
+
+@jit
+def _ordered(bits: tl.tensor) -> tl.tensor:
+    """The bits of an fp32 number as an int32 that orders as the number does; its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def _kth_logit(row_ptr: tl.tensor, vocab: int, best: tl.tensor, k: tl.tensor, COLUMNS: tl.constexpr) -> tl.tensor:
+    """The largest threshold that k logits reach, by bisection over the ordered bits; -inf where fewer are finite."""
+    low = tl.full([], -2139095041, tl.int64)  # -inf
+    high = _ordered(best.to(tl.int32, bitcast=True)).to(tl.int64)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        threshold = _ordered(middle.to(tl.int32)).to(tl.float32, bitcast=True)
+        reach = tl.zeros([COLUMNS], tl.int32)
+        for start in range(0, vocab, COLUMNS):
+            _, logits = _load_tile(row_ptr, start, vocab, COLUMNS)
+            reach += (logits >= threshold).to(tl.int32)
+        enough = tl.sum(reach, 0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return _ordered(low.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@jit
+def _nucleus_weight(
+    row_ptr: tl.tensor,
+    vocab: int,
+    best: tl.tensor,
+    inverse: tl.tensor,
+    least_logit: tl.tensor,
+    p: tl.tensor,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """The largest weight such that the tokens at least as heavy hold p of the total, by bisection over its bits."""
+    total = _total_weight(row_ptr, vocab, best, inverse, least_logit, 0.0, COLUMNS)
+    target = p.to(tl.float64) * total.to(tl.float64)
+    low = tl.full([], 0, tl.int32)
+    high = tl.full([], 0x50800000, tl.int32)  # ONE
+    while low < high:
+        middle = (low + high + 1) >> 1
+        threshold = middle.to(tl.float32, bitcast=True)
+        mass = _total_weight(row_ptr, vocab, best, inverse, least_logit, threshold, COLUMNS)
+        enough = mass.to(tl.float64) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low.to(tl.float32, bitcast=True)
+
+
+@jit
+def _sample_kernel(
+    logits_ptr: tl.tensor,  # [B, vocab]
+    temperature_ptr: tl.tensor,
+    top_k_ptr: tl.tensor,
+    top_p_ptr: tl.tensor,
+    min_p_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    position_ptr: tl.tensor,
+    token_ptr: tl.tensor,  # int64 [B]
+    vocab: int,
+    stride: int,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """One row of the batch, its vocabulary in tiles; filters the row does not use cost nothing."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride
+    bests = tl.full([COLUMNS], float("-inf"), tl.float32)
+    for start in range(0, vocab, COLUMNS):
+        _, logits = _load_tile(row_ptr, start, vocab, COLUMNS)
+        bests = tl.maximum(bests, logits)
+    best = tl.max(bests, 0)
+    temperature = tl.load(temperature_ptr + row)
+
+    if temperature > 0:
+        inverse = tl.div_rn(1.0, tl.maximum(temperature, 1e-6)) * 1.4426950408889634  # MIN_TEMPERATURE, log2 e
+        least_logit = tl.full([], float("-inf"), tl.float32)
+        least_weight = tl.full([], 0.0, tl.float32)
+        k = tl.load(top_k_ptr + row)
+        if (k > 0) & (k < vocab):
+            least_logit = _kth_logit(row_ptr, vocab, best, k, COLUMNS)
+        p = tl.load(top_p_ptr + row)
+        if p < 1:
+            least_weight = _nucleus_weight(row_ptr, vocab, best, inverse, least_logit, p, COLUMNS)
+        least_weight = tl.maximum(least_weight, tl.load(min_p_ptr + row) * 17179869184.0)
+        total = _total_weight(row_ptr, vocab, best, inverse, least_logit, least_weight, COLUMNS)
+        uniform = tl.rand(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+        target = (uniform.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+        start = 0
+        before = tl.full([], 0, tl.int64)
+        weights = _tile_weights(row_ptr, start, vocab, best, inverse, least_logit, least_weight, COLUMNS)
+        here = tl.sum(weights, 0)
+        while (before + here <= target) & (start + COLUMNS < vocab):
+            before += here
+            start += COLUMNS
+            weights = _tile_weights(row_ptr, start, vocab, best, inverse, least_logit, least_weight, COLUMNS)
+            here = tl.sum(weights, 0)
+        token = start + tl.sum((before + tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
+    else:
+        firsts = tl.full([COLUMNS], vocab, tl.int32)
+        for start in range(0, vocab, COLUMNS):
+            tokens, logits = _load_tile(row_ptr, start, vocab, COLUMNS)
+            firsts = tl.minimum(firsts, tl.where(logits == best, tokens, vocab))
+        token = tl.min(firsts, 0)
+    tl.store(token_ptr + row, tl.minimum(token, vocab - 1).to(tl.int64))
+
+
+def sample_triton(logits: Tensor, params: SamplingTensors) -> Tensor:
+    batch, vocab = logits.shape
+    tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    if batch > 0:
+        _sample_kernel[(batch,)](
+            logits, params.temperature, params.top_k, params.top_p, params.min_p, params.seed, params.position, tokens,
+            vocab, logits.stride(0), COLUMNS=COLUMNS, num_warps=8,
+        )  # fmt: skip
+    return tokens
+
+
 def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
     """logits [B, V] -> int64 [B], one token per row; the logits are left as they are.
 
@@ -164,7 +324,7 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
     at each threshold included; and draw from what remains with one uniform number per row, a function of (seed,
     position) alone. Logits of -inf are never drawn; a row needs a finite one and no NaN (else any token may come).
     """
-    return sample_torch(logits, params)
+    return sample_triton(logits, params) if logits.is_cuda else sample_torch(logits, params)
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

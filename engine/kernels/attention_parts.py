@@ -1,0 +1,90 @@
+"""What the attention kernels share: loading columns of rows, the running softmax, and tiles of ragged queries.
+
+Softmax runs in base 2 (scores come multiplied by log2 e). Scores nobody may see are -inf while the running maximum
+starts at -1e30, which is finite: so no difference of the two is ever NaN, and a row that sees nothing ends with a sum
+of 0.
+"""
+
+from __future__ import annotations
+
+from engine.kernels._triton import jit, tl
+
+LOG2_E = 1.4426950408889634
+
+
+@jit
+def load_columns(
+    rows: tl.tensor,
+    row_mask: tl.tensor,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+    END: tl.constexpr,
+) -> tl.tensor:
+    """Columns [START, START + SIZE) of the rows that `rows` [N] points to -> [N, SIZE].
+
+    0 in masked rows and from column END on. Rows past a sequence's end are masked here, not afterwards: their memory
+    may hold NaN, and 0 * NaN is NaN.
+    """
+    columns = START + tl.arange(0, SIZE)
+    mask = row_mask[:, None]
+    if START + SIZE > END:
+        mask = mask & (columns < END)[None, :]
+    return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@jit
+def store_columns(
+    rows: tl.tensor,
+    row_mask: tl.tensor,
+    values: tl.tensor,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+    END: tl.constexpr,
+) -> None:
+    """values [N, SIZE] to columns [START, START + SIZE) of `rows` [N], but for masked rows and columns from END on."""
+    columns = START + tl.arange(0, SIZE)
+    mask = row_mask[:, None]
+    if START + SIZE > END:
+        mask = mask & (columns < END)[None, :]
+    tl.store(rows[:, None] + columns[None, :], values.to(rows.dtype.element_ty), mask=mask)
+
+
+@jit
+def softmax_start(ROWS: tl.constexpr) -> tl.tensor:
+    """The running maximum and sum of ROWS rows that have seen nothing yet."""
+    return tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+
+
+@jit
+def softmax_step(scores: tl.tensor, peak: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """scores [M, N] -> their weights, the factor [M] for what was accumulated before, the new maximum and sum [M]."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    rescale = tl.exp2(peak - new_peak)
+    weights = tl.exp2(scores - new_peak[:, None])
+    return weights, rescale, new_peak, total * rescale + tl.sum(weights, 1)
+
+
+@jit
+def softmax_end(peak: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """-> the factor [M] for what was accumulated, and the log-sum-exp [M] in base 2, -inf for rows that saw nothing."""
+    seen = total > 0
+    safe = tl.where(seen, total, 1.0)
+    return 1.0 / safe, tl.where(seen, peak + tl.log2(safe), float("-inf"))
+
+
+@jit
+def find_tile(cu_ptr: tl.tensor, index: tl.tensor, num_seqs: int, ROWS: tl.constexpr, SEQS: tl.constexpr) -> tl.tensor:
+    """Cut every ragged sequence into tiles of ROWS rows: the index-th of all -> (its sequence, its first row there).
+
+    cu_ptr: int32 [num_seqs + 1] bounds; SEQS >= num_seqs, a power of two. There are at most ceil(T / ROWS) + num_seqs
+    tiles, so the host can launch that many without knowing the bounds; those too many get sequence num_seqs.
+    """
+    sequences = tl.arange(0, SEQS)
+    exists = sequences < num_seqs
+    starts = tl.load(cu_ptr + sequences, mask=exists, other=0)
+    ends = tl.load(cu_ptr + 1 + sequences, mask=exists, other=0)
+    tiles = (ends - starts + ROWS - 1) // ROWS
+    tile_ends = tl.cumsum(tiles, 0)
+    sequence = tl.sum((exists & (tile_ends <= index)).to(tl.int32), 0)
+    first_tile = tl.sum(tl.where(sequences == sequence, tile_ends - tiles, 0), 0)
+    return sequence, (index - first_tile) * ROWS
