@@ -11,7 +11,7 @@ from engine.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Invariant: the pieces shown so far, joined, are a prefix of the output's final text; at the end they are all of it.
+    """Invariant: the pieces shown so far, joined, are a prefix of the output's final text; at the end they are it.
 
     The final text is `tokenizer.decode` of all output ids, cut at the first stop string. So a piece ends on a whole
     character, never on a tail that may become a stop string, and nothing of what was held back is lost at the end.

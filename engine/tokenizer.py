@@ -7,6 +7,7 @@ into a prompt decides whether that is wanted.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from engine.chat_template import ChatTemplate
 from engine.errors import CheckpointError, RequestError
 from engine.token_pieces import Piece, PieceDecoder, parse_decoder
 
+CONFIG = "tokenizer_config.json"
+FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "chat_template.jinja")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Families whose `LlamaTokenizer` AutoTokenizer does not rebuild, but reads from tokenizer.json as it stands.
 _AS_WRITTEN = frozenset({"mistral", "mixtral", "minicpm3", "qwen2", "glm4_moe_lite"})
@@ -54,7 +57,7 @@ class Tokenizer:
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
-        config = _read_json(folder / "tokenizer_config.json") or {}
+        config = _read_json(folder / CONFIG) or {}
         special_tokens = _special_tokens(folder, config)
         source = folder / "tokenizer.json"
         definition = _read_json(source)
@@ -63,7 +66,7 @@ class Tokenizer:
                 f"{source}: missing. A folder with tokenizer.model alone gets one from "
                 "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
-        _rebuild_llama(definition, config, (_read_json(folder / "config.json") or {}).get("model_type"))
+        _rebuild_llama(definition, config, _model_type(folder))
         pieces = parse_decoder(definition.get("decoder"), str(source))
         try:
             backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
@@ -127,6 +130,23 @@ class Tokenizer:
         return self._backend.token_to_id(self.special_tokens[name]) if name in self.special_tokens else None
 
 
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy a folder's tokenizer and chat template, such that they read the same beside another config.json.
+
+    Raises CheckpointError, OSError.
+    """
+    for name in FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
+    if _model_type(source) in _AS_WRITTEN and (config := _read_json(source / CONFIG)) is not None:
+        pinned = {**config, "tokenizer_class": "PreTrainedTokenizerFast"}  # which is read as written, in any family
+        (out / CONFIG).write_text(json.dumps(pinned, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _model_type(folder: Path) -> object:
+    return (_read_json(folder / "config.json") or {}).get("model_type")
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None where there is no such file."""
     try:
@@ -156,7 +176,7 @@ def _content(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _rebuild_llama(definition: dict[str, Any], config: dict[str, Any], model_type: str | None) -> None:
+def _rebuild_llama(definition: dict[str, Any], config: dict[str, Any], model_type: object) -> None:
     """Change `definition` as AutoTokenizer does for a `LlamaTokenizer` that is not byte-level.
 
     transformers 5 takes vocabulary, merges and post-processor from tokenizer.json but makes the rest itself: a
@@ -222,7 +242,7 @@ def _read_chat_template(folder: Path, config: dict[str, Any], special_tokens: Ma
         template = named.get("default")
     if template is None:
         return None
-    origin = str(folder / "tokenizer_config.json")
+    origin = str(folder / CONFIG)
     if not isinstance(template, str):
         raise CheckpointError(f"{origin}: chat_template must be a string")
     return ChatTemplate(template, special_tokens, origin)

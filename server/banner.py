@@ -17,10 +17,10 @@ def banner(state: ServerState, sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     url = f"http://{host}:{port}"
-    source = source_cache_bytes_per_token(Path(state.model_path))
-    saved = (
-        "" if source is None else f" (its source took {source}: {source / info.cache_bytes_per_token:.2f} times that)"
-    )
+    growth = source_cache_ratio(Path(state.model_path))
+    saved = ""
+    if growth is not None:
+        saved = f" (its source took {round(info.cache_bytes_per_token * growth)}: {growth:.2f} times that)"
     return "\n".join(
         [
             f"model    {state.model_path}: {info.num_layers} layers of {info.attention.upper()}, "
@@ -34,14 +34,16 @@ def banner(state: ServerState, sock: socket.socket) -> str:
     )
 
 
-def source_cache_bytes_per_token(model: Path) -> int | None:
-    """What conversion.json says the model's source took, where it says so."""
+def source_cache_ratio(model: Path) -> float | None:
+    """How many times the model's cache its source's was, where conversion.json says so.
+
+    A ratio, as the bytes there are those of the stored dtype, which need not be the one served.
+    """
     try:
         conversion: Any = json.loads((model / "conversion.json").read_text("utf-8"))
-        value = conversion["source_cache_bytes_per_token"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return float(conversion["source_cache_bytes_per_token"] / conversion["cache_bytes_per_token"])
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError):
         return None
-    return value if isinstance(value, int) and value > 0 else None
 
 
 def _curl(state: ServerState, url: str) -> str:

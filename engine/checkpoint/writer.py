@@ -29,8 +29,8 @@ from engine.checkpoint.mla_format import config_from_spec, format_config
 from engine.checkpoint.tensor_files import INDEX, SINGLE
 from engine.errors import CheckpointError
 from engine.spec import LayerSpec, ModelSpec
+from engine.tokenizer import copy_tokenizer
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 GENERATION = "generation_config.json"
 
 
@@ -100,10 +100,10 @@ class CheckpointWriter:
             self._name_shards()
             (self._temporary / "config.json").write_text(config)
             (self._temporary / "conversion.json").write_text(json.dumps(conversion, indent=2) + "\n")
-            for name in (*COPIED, GENERATION):
-                if (self._source.path / name).exists():
-                    shutil.copyfile(self._source.path / name, self._temporary / name)
-            if not (self._temporary / GENERATION).exists():  # config.json had it; the new one does not
+            copy_tokenizer(self._source.path, self._temporary)
+            if (self._source.path / GENERATION).exists():
+                shutil.copyfile(self._source.path / GENERATION, self._temporary / GENERATION)
+            else:  # config.json had it; the new one does not
                 text = json.dumps(generation_config(self._source.generation), indent=2)
                 (self._temporary / GENERATION).write_text(text + "\n")
             self._temporary.chmod(0o777 & ~_umask())

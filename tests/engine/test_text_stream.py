@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -102,6 +103,22 @@ def test_no_more_is_held_than_could_become_a_stop_string(text: str, stops: list[
         seen += char
         tails = [n for stop in stops for n in range(len(stop)) if seen.endswith(stop[:n])]
         assert search.held == max(tails)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@quick
+@given(ids=st.lists(st.integers(0, 4), max_size=8))
+def test_a_metaspace_decoder(tmp_path_factory, scheme: str, ids: list[int]):
+    folder = tmp_path_factory.getbasetemp() / f"metaspace-{scheme}"
+    if not folder.exists():
+        folder.mkdir()
+        vocab = {"▁": 0, "▁a": 1, "b": 2, "▁▁c": 3, "d▁": 4}
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+        backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+        backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load(folder)
+    pieces, _ = stream(tokenizer, ids, SamplingParams())
+    assert "".join(pieces) == tokenizer.decode(ids)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import CheckpointError, RequestError
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, copy_tokenizer
 from tests.conftest import shared
 from tests.engine.tokenizer_folders import load, tokenizer_folder, tokenizers_root  # noqa: F401  (fixtures)
 
@@ -73,6 +73,25 @@ def test_named_tokens(tokenizer_folder: Path):  # noqa: F811
 def test_a_chat_prompt_has_one_bos():
     ours = Tokenizer.from_folder(shared("models/stories260K"))
     assert ours.encode("<s>Hi", add_special_tokens=False).count(ours.bos_id) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_copied_tokenizer_reads_the_same_beside_another_config(tmp_path: Path, family: str):
+    """TinyStories-656K's LlamaTokenizer is rebuilt in a llama folder, and read as written in a mistral one."""
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    source.mkdir()
+    copy.mkdir()
+    for file in shared("models/TinyStories-656K").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": family}))
+    copy_tokenizer(source, copy)
+    (copy / "config.json").write_text('{"model_type": "mla_server"}')
+    for text in TEXTS:
+        check_same(source, text)
+        assert load(copy).encode(text) == load(source).encode(text)
+    prefix_kept = load(source).encode(" Once") != load(source).encode("Once")
+    assert prefix_kept == (family == "mistral")
 
 
 def test_half_a_surrogate_pair_is_refused():

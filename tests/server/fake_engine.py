@@ -1,6 +1,7 @@
 """An engine process with no model: every request is answered with the same text over and over, at a set pace.
 
-The HTTP side cannot tell it from the real one, and it starts in no time. A prompt that holds CRASH_TOKEN kills it.
+The HTTP side cannot tell it from the real one, and it starts in no time. A prompt that holds CRASH_TOKEN kills it;
+one that holds BROKEN_TOKEN gets two tokens and is given up.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from server.engine_process import main
 from server.wire import EngineInfo, Start
 
 CRASH_TOKEN = 500
+BROKEN_TOKEN = 499
 BLOCKS = 100
 
 
@@ -46,6 +48,11 @@ class FakeCore:
         for request_id, (request, count) in list(self.running.items()):
             if CRASH_TOKEN in request.prompt_ids:
                 raise RuntimeError("a crash was asked for")
+            if BROKEN_TOKEN in request.prompt_ids and count == 2:
+                del self.running[request_id]
+                error = "the logits are not finite"
+                outputs.append(Output(request_id=request_id, token_ids=[], finish_reason="abort", error=error))
+                continue
             token = self.text_ids[count % len(self.text_ids)]
             last = count + 1 == min(request.params.max_tokens or self.max_len, self.max_len - len(request.prompt_ids))
             outputs.append(Output(request_id=request_id, token_ids=[token], finish_reason="length" if last else None))

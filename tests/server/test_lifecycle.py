@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.fake_engine import CRASH_TOKEN
+from tests.server.fake_engine import BROKEN_TOKEN, CRASH_TOKEN
 from tests.server.running import ROOT, Server, launch, serving
 
 SLOW = {"FAKE_STEP_SECONDS": "0.03"}
@@ -120,6 +120,15 @@ def test_an_engine_that_dies_is_told_of_and_ends_the_server(chat_folder, threads
         assert "the engine is gone" in errors
 
 
+def test_a_request_the_engine_gives_up_is_told_why(chat_folder):
+    with serving("--model", str(chat_folder)) as server:
+        status, body = server.post("/v1/completions", {"prompt": [BROKEN_TOKEN], "max_tokens": 5})
+        assert (status, body["error"]["message"]) == (500, "the logits are not finite")
+        *_, failure, done = streamed(server, 5, prompt=[BROKEN_TOKEN]).strip().split("\n\n")
+        assert (json.loads(failure.removeprefix("data: "))["error"]["type"], done) == ("server_error", "data: [DONE]")
+        assert server.post("/v1/completions", {"prompt": [5], "max_tokens": 5})[0] == 200
+
+
 def test_the_engine_does_not_outlive_a_killed_server(chat_folder):
     with serving("--model", str(chat_folder)) as server:
         engine = server.engine_pid()
@@ -194,7 +203,7 @@ def test_the_banner(chat_folder, tmp_path):
     folder.mkdir()
     for file in chat_folder.iterdir():
         (folder / file.name).symlink_to(file)
-    (folder / "conversion.json").write_text('{"source_cache_bytes_per_token": 400}')
+    (folder / "conversion.json").write_text('{"source_cache_bytes_per_token": 200, "cache_bytes_per_token": 50}')
     with serving("--model", str(folder), "--served-model-name", "tale") as server:
         assert server.banner[-1] == (
             f"Serving tale on {server.url}: 1600 tokens of cache, 100 bytes per token "
