@@ -56,11 +56,15 @@ Load = Callable[[Start], tuple[Core, EngineInfo]]
 
 def load_core(start: Start) -> tuple[Core, EngineInfo]:
     """The model and the engine that `start` describes. Raises EngineError."""
+    import torch
+
     from engine.checkpoint import open_checkpoint
     from engine.core import EngineCore
-    from engine.model.load import dtype_name, load_model
+    from engine.model.load import dtype_name, load_model, resolve_device
 
     config = start.config
+    if resolve_device(config.device).type == "cpu":
+        torch.set_num_threads(start.threads or max(1, len(os.sched_getaffinity(0)) - 1))
     checkpoint = open_checkpoint(start.model)
     model = load_model(checkpoint, config.device, config.dtype, progress=sys.stderr.isatty())
     core = EngineCore(model, checkpoint.generation, config)

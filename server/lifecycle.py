@@ -45,6 +45,7 @@ class ServerConfig:
     max_waiting: int = 1024
     shutdown_timeout: float = 60.0
     engine: EngineConfig
+    threads: int | None = None
 
 
 def run(config: ServerConfig, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
@@ -79,7 +80,7 @@ def _bind(host: str, port: int) -> socket.socket:
 async def _serve(config: ServerConfig, sock: socket.socket, engine_command: Sequence[str]) -> int:
     stop = _Stop()
     tokenizer = Tokenizer.from_folder(config.model)
-    starting = asyncio.create_task(EngineClient.start(Start(config.model, config.engine), engine_command))
+    starting = asyncio.create_task(EngineClient.start(Start(config.model, config.engine, config.threads), engine_command))
     await stop.first_of(starting)
     if not starting.done():
         starting.cancel()

@@ -23,6 +23,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
     model: str
     config: EngineConfig
+    threads: int | None = None  # of a CPU engine; None: every core but the HTTP process's own
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
