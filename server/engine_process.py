@@ -64,7 +64,7 @@ def load_core(start: Start) -> tuple[Core, EngineInfo]:
 
     config = start.config
     if resolve_device(config.device).type == "cpu":
-        torch.set_num_threads(start.threads or max(1, len(os.sched_getaffinity(0)) - 1))
+        torch.set_num_threads(start.threads or max(1, torch.get_num_threads() - 1))
     checkpoint = open_checkpoint(start.model)
     model = load_model(checkpoint, config.device, config.dtype, progress=sys.stderr.isatty())
     core = EngineCore(model, checkpoint.generation, config)
