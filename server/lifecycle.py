@@ -80,7 +80,8 @@ def _bind(host: str, port: int) -> socket.socket:
 async def _serve(config: ServerConfig, sock: socket.socket, engine_command: Sequence[str]) -> int:
     stop = _Stop()
     tokenizer = Tokenizer.from_folder(config.model)
-    starting = asyncio.create_task(EngineClient.start(Start(config.model, config.engine, config.threads), engine_command))
+    start = Start(config.model, config.engine, config.threads)
+    starting = asyncio.create_task(EngineClient.start(start, engine_command))
     await stop.first_of(starting)
     if not starting.done():
         starting.cancel()
