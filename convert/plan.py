@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,10 +61,10 @@ def split_budget(spec: GQASpec, cache_ratio: float) -> tuple[int, int]:
         rope //= 2
     rank = budget - rope
     if rank < 1:
-        least = (rope + 1) / spec.cache_width
+        least = math.ceil(1000 * (rope + 1) / spec.cache_width) / 1000
         raise ConversionError(
             f"--cache-ratio {cache_ratio:g} leaves no room: this model caches {spec.cache_width} numbers per token and "
-            f"layer, and the smallest ratio that works is {least:.3f}"
+            f"layer, and the smallest ratio that works is {least:g}"
         )
     step = 16
     while step > 1 and rank < 8 * step:
@@ -93,9 +94,13 @@ def _exact(layers: Sequence[GQASpec], request: MethodRequest) -> Candidate:
 
 def _transmla(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:
     sizes = [_sizes(spec, request) for spec in layers]
+    for spec, (rank, rope) in zip(layers, sizes, strict=True):
+        transmla.check_sizes(spec, rank, rope)
     # What fits every layer, for a model whose layers are not all alike.
     common = set.intersection(*(set(transmla.freqfolds(s, dr)) for s, (_, dr) in zip(layers, sizes, strict=True)))
     folds = sorted(common) if request.freqfold is None else [request.freqfold]
+    if not folds:
+        raise ConversionError("no --freqfold fits every layer of this model; choose another --qk-rope-head-dim")
     return [_transmla_candidate(layers, sizes, fold) for fold in folds]
 
 
