@@ -50,7 +50,7 @@ def split_budget(spec: GQASpec, cache_ratio: float) -> tuple[int, int]:
     """-> (r, dr) with r + dr at most cache_ratio * 2 g D, the source's cache width.
 
     dr is the largest of D, D/2, D/4, ... that is even and at most two thirds of the budget: RoPE on more channels
-    kept more of every model measured (convert/README.md) than a larger rank did. The rank is rounded down to
+    kept more of every model measured (docs/conversion.md) than a larger rank did. The rank is rounded down to
     a power of two's multiple, 16 at most, that costs it no more than an eighth.
     """
     if not 0 < cache_ratio <= 1:
@@ -73,7 +73,7 @@ def split_budget(spec: GQASpec, cache_ratio: float) -> tuple[int, int]:
 
 
 def candidates(spec: ModelSpec, request: MethodRequest) -> list[Candidate]:
-    """What to try; the first is as good as any where there is only one. Raises ConversionError on impossible sizes."""
+    """The ways to try, one or more. Raises ConversionError on impossible sizes."""
     layers = gqa_layers(spec)
     if request.method == "exact":
         return [_exact(layers, request)]

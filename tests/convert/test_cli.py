@@ -127,6 +127,16 @@ def test_dtype_of_the_output(tmp_path: Path, source: Path, text: Path, dtype: st
     assert record["cache_bytes_per_token"] == element * open_checkpoint(out).spec.cache_bytes_per_token(1)
 
 
+def test_too_little_text_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_source(tmp_path / "source", num_key_value_heads=4, head_dim=24)
+    for chars, expected in ((150, True), (4000, False)):
+        text = write_text(tmp_path / "text.txt", chars)
+        arguments = ["--model", str(source), "--out", str(tmp_path / "out"), "--calibration", str(text), "--overwrite"]
+        assert main(arguments) == 0
+        said = "cannot tell 192 dimensions of keys and values apart" in capsys.readouterr().out
+        assert said == bool(json.loads((tmp_path / "out" / "conversion.json").read_text())["warnings"]) == expected
+
+
 CONVERT_ERRORS: dict[str, tuple[list[str], str]] = {
     "ratio above 1": (["--cache-ratio", "1.5"], "--cache-ratio 1.5 is out of range"),
     "ratio 0": (["--cache-ratio", "0"], "--cache-ratio 0 is out of range"),
