@@ -33,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("error: the device is out of memory; use --device cpu or fewer --calibration-tokens", file=sys.stderr)
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        print("error: out of memory; use --device cpu, or fewer --calibration-tokens", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -148,6 +150,11 @@ def evaluate_parser() -> argparse.ArgumentParser:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what is printed, as JSON")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has a type of its own for a GPU's memory, and none for the host's."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _freqfold(text: str) -> int | None:

@@ -69,6 +69,7 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
             "options": {**asdict(request.method), **best.options, "dtype": spec.dtype, "seed": request.seed},
             "trials": trials,
             "calibration": text.record,
+            "warnings": _warnings(text, source),
             "quality": {**result.report(), "tokens": result.tokens, "attention_errors": errors},
             "layers": [_sizes(layer) for layer in layers],
             "cache_bytes_per_token": _cache_bytes(spec),
@@ -117,6 +118,13 @@ def _stored_dtype(dtype: str, source: Checkpoint) -> torch.dtype:
     if name not in DTYPES:
         raise ConversionError(f"--dtype {name} is not known; there are: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _warnings(text: Calibration, source: Checkpoint) -> list[str]:
+    width, tokens = max(layer.attention.cache_width for layer in source.spec.layers), text.record["tokens"]
+    if tokens >= width:
+        return []
+    return [f"{tokens} calibration tokens cannot tell {width} dimensions of keys and values apart; give more text"]
 
 
 def _sizes(layer: LayerSpec) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +50,7 @@ def split_budget(spec: GQASpec, cache_ratio: float) -> tuple[int, int]:
     """-> (r, dr) with r + dr at most cache_ratio * 2 g D, the source's cache width.
 
     dr is the largest of D, D/2, D/4, ... that is even and at most two thirds of the budget: RoPE on more channels
-    kept more of every model measured (convert/README.md) than a larger rank did. The rank is rounded down to
+    kept more of every model measured (docs/conversion.md) than a larger rank did. The rank is rounded down to
     a power of two's multiple, 16 at most, that costs it no more than an eighth.
     """
     if not 0 < cache_ratio <= 1:
@@ -60,10 +61,10 @@ def split_budget(spec: GQASpec, cache_ratio: float) -> tuple[int, int]:
         rope //= 2
     rank = budget - rope
     if rank < 1:
-        least = (rope + 1) / spec.cache_width
+        least = math.ceil(1000 * (rope + 1) / spec.cache_width) / 1000
         raise ConversionError(
             f"--cache-ratio {cache_ratio:g} leaves no room: this model caches {spec.cache_width} numbers per token and "
-            f"layer, and the smallest ratio that works is {least:.3f}"
+            f"layer, and the smallest ratio that works is {least:g}"
         )
     step = 16
     while step > 1 and rank < 8 * step:
@@ -72,7 +73,7 @@ def split_budget(spec: GQASpec, cache_ratio: float) -> tuple[int, int]:
 
 
 def candidates(spec: ModelSpec, request: MethodRequest) -> list[Candidate]:
-    """What to try; the first is as good as any where there is only one. Raises ConversionError on impossible sizes."""
+    """The ways to try, one or more. Raises ConversionError on impossible sizes."""
     layers = gqa_layers(spec)
     if request.method == "exact":
         return [_exact(layers, request)]
@@ -93,9 +94,13 @@ def _exact(layers: Sequence[GQASpec], request: MethodRequest) -> Candidate:
 
 def _transmla(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:
     sizes = [_sizes(spec, request) for spec in layers]
+    for spec, (rank, rope) in zip(layers, sizes, strict=True):
+        transmla.check_sizes(spec, rank, rope)
     # What fits every layer, for a model whose layers are not all alike.
     common = set.intersection(*(set(transmla.freqfolds(s, dr)) for s, (_, dr) in zip(layers, sizes, strict=True)))
     folds = sorted(common) if request.freqfold is None else [request.freqfold]
+    if not folds:
+        raise ConversionError("no --freqfold fits every layer of this model; choose another --qk-rope-head-dim")
     return [_transmla_candidate(layers, sizes, fold) for fold in folds]
 
 

@@ -59,6 +59,7 @@ def conversion_summary(report: Mapping[str, Any], source: Path) -> str:
             f"{report['method']}, {_options(report)}latent + rope per layer: "
             f"{', '.join(f'{r} + {rope}' for r, rope in sizes)} ({ratio:.0%} of the cache)",
             *lines,
+            *(f"warning: {warning}" for warning in report["warnings"]),
             f"Measured on {quality['tokens']:,} tokens held out of the calibration text. Measure on text of your own:",
             f"  python -m convert evaluate --model {report['out']} --reference {source} --text FILE.txt",
             "Serve it:",

@@ -6,6 +6,7 @@ supplies (arXiv 2406.08464), then the template around them, and its own reply. A
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -21,15 +22,13 @@ from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 512  # of one sample, prompt and output, at most
-USER_TOKENS = 128  # of a user's words in a chat, at most
 MIN_SAMPLE = 16  # an end token cannot come before; keeps a model that is quick to end from stalling the loop
+MAX_TOGETHER = 64  # samples drawn at a time
 MARK = "USER-TEXT-GOES-HERE"
 
 
 class Sampler:
-    """Draws samples in rounds, on an engine of its own, each with a seed of its own."""
-
-    round = 32  # samples drawn together
+    """Draws samples on an engine of its own, each with a seed of its own."""
 
     def __init__(self, source: Checkpoint, seed: int, device: str | None) -> None:
         self.limit = min(SAMPLE_TOKENS, source.spec.max_position_embeddings)
@@ -37,23 +36,23 @@ class Sampler:
         self._drawn = 0
         config = EngineConfig(
             device=device,
-            max_num_seqs=self.round,
+            max_num_seqs=MAX_TOGETHER,
             max_model_len=self.limit,
-            cache_tokens=self.round * (self.limit + 64),  # and at most a block that is not full
+            cache_tokens=MAX_TOGETHER * (self.limit + 64),  # and at most a block that is not full
             prefix_cache=False,
         )
         self._core = EngineCore(load_model(source, device), source.generation, config)
 
-    def draw(self, prompts: Sequence[Sequence[int]], max_tokens: int | None, progress: tqdm) -> list[list[int]]:
-        """The outputs, in the order of the prompts, end token included."""
+    def draw(self, prompts: Sequence[Sequence[int]], caps: Sequence[int], progress: tqdm) -> list[list[int]]:
+        """The outputs, in the order of the prompts, end token included; the i-th has at most caps[i] tokens."""
         outputs: dict[str, list[int]] = {}
-        for prompt in prompts:
+        for prompt, cap in zip(prompts, caps, strict=True):
             self._drawn += 1
             params = SamplingParams(
                 temperature=1.0,
                 seed=self._seed * 1_000_003 + self._drawn & 0x7FFF_FFFF_FFFF_FFFF,
-                max_tokens=max_tokens,
-                min_tokens=min(MIN_SAMPLE, max_tokens or MIN_SAMPLE),
+                max_tokens=cap,
+                min_tokens=min(MIN_SAMPLE, cap),
             )
             request = Request(id=str(self._drawn), prompt_ids=list(prompt), params=params)
             self._core.add(request)
@@ -68,28 +67,34 @@ class Sampler:
 
 
 def sample_tokens(source: Checkpoint, tokenizer: Tokenizer, count: int, seed: int, device: str | None) -> list[int]:
-    """At least `count` token ids, samples end to end; the same for the same seed."""
-    start = _empty_page(source)
-    opening = _user_opening(tokenizer)
+    """At least `count` token ids: samples in random order, end to end; the same for the same seed."""
+    start, opening = [_empty_page(source)], _user_opening(tokenizer)
     sampler = Sampler(source, seed, device)
-    if opening is not None and len(opening) + USER_TOKENS >= sampler.limit:
+    user_tokens = sampler.limit // 4
+    if opening is not None and len(opening) > user_tokens:
         opening = None  # no room for a chat
-    ids: list[int] = []
+    samples: list[list[int]] = []
     with tqdm(total=count, desc="sampling calibration text", unit="tok", disable=None) as progress:
-        while len(ids) < count:
-            ids += [t for sample in sampler.draw([[start]] * sampler.round, None, progress) for t in sample]
-            if opening is not None and len(ids) < count:
-                ids += _draw_chats(sampler, tokenizer, opening, progress)
-    return ids
+        while (missing := count - sum(map(len, samples))) > 0:
+            together = min(MAX_TOGETHER, -(-missing // sampler.limit))
+            chats = 0 if opening is None else together // 2
+            plain = together - chats
+            prompts, caps = [start] * plain + [opening or []] * chats, [sampler.limit] * plain + [user_tokens] * chats
+            drawn = sampler.draw(prompts, caps, progress)
+            samples += drawn[:plain]
+            chat_prompts = _chat_prompts(tokenizer, drawn[plain:], sampler.limit)
+            replies = sampler.draw(chat_prompts, [sampler.limit] * len(chat_prompts), progress)
+            samples += [[*prompt, *reply] for prompt, reply in zip(chat_prompts, replies, strict=True)]
+    random.Random(seed).shuffle(samples)
+    return [token for sample in samples for token in sample]
 
 
-def _draw_chats(sampler: Sampler, tokenizer: Tokenizer, opening: list[int], progress: tqdm) -> list[int]:
-    prompts = []
-    for user in sampler.draw([opening] * sampler.round, USER_TOKENS, progress):
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": tokenizer.decode(user).strip()}])
-        prompts.append(tokenizer.encode(chat, add_special_tokens=False)[: sampler.limit // 2])
-    replies = sampler.draw(prompts, None, progress)
-    return [t for prompt, reply in zip(prompts, replies, strict=True) for t in (*prompt, *reply)]
+def _chat_prompts(tokenizer: Tokenizer, users: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
+    """The template around each user's words, up to the reply; those that leave no room for one are dropped."""
+    texts = [tokenizer.decode(user).strip() for user in users]
+    chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
+    prompts = [tokenizer.encode(chat, add_special_tokens=False) for chat in chats]
+    return [prompt for prompt in prompts if len(prompt) < limit]
 
 
 def _empty_page(source: Checkpoint) -> int:

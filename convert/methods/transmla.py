@@ -22,6 +22,8 @@ from convert.methods import ConvertedLayer
 from convert.statistics import LayerStatistics
 from engine.spec import GQASpec, MLASpec, RopeSpec
 
+ROUNDING = 1e-5  # keys below this fraction of their whole are noise of fp32 projections
+
 
 @dataclass(frozen=True)
 class TransMLAOptions:
@@ -37,26 +39,31 @@ def freqfolds(spec: GQASpec, qk_rope_head_dim: int) -> list[int]:
     return [fold for fold in powers if fold <= pairs and pairs % fold == 0]
 
 
-def check_options(spec: GQASpec, options: TransMLAOptions) -> None:
-    """Raises ConversionError where the layer cannot be converted with these numbers."""
-    r, dr, fold, d = options.kv_lora_rank, options.qk_rope_head_dim, options.freqfold, spec.head_dim
-    if dr < 2 or dr % 2 or d % dr:
-        divisors = [str(n) for n in range(2, d + 1, 2) if d % n == 0]
+def check_sizes(spec: GQASpec, rank: int, rope: int) -> None:
+    """Raises ConversionError where the layer has no r and dr like these."""
+    d = spec.head_dim
+    if rope < 2 or rope % 2 or d % rope:
+        divisors = ", ".join(str(n) for n in range(2, d + 1, 2) if d % n == 0)
         raise ConversionError(
-            f"--qk-rope-head-dim {dr} does not fit heads of {d} channels: it must be even and divide {d} "
-            f"({', '.join(divisors)})"
+            f"--qk-rope-head-dim {rope} does not fit heads of {d} channels: it must be even and divide {d} ({divisors})"
         )
-    widest = 2 * spec.num_kv_heads * d - dr
-    if not 1 <= r <= widest:
+    widest = 2 * spec.num_kv_heads * d - rope
+    if not 1 <= rank <= widest:
         raise ConversionError(
-            f"--kv-lora-rank {r} is out of range: with --qk-rope-head-dim {dr} this model's keys and values leave "
+            f"--kv-lora-rank {rank} is out of range: with --qk-rope-head-dim {rope} this model's keys and values leave "
             f"between 1 and {widest} dimensions to keep"
         )
-    allowed = [f for f in range(d // dr, d // 2 + 1, d // dr) if (d // 2) % f == 0]
-    if fold not in allowed:
+
+
+def check_options(spec: GQASpec, options: TransMLAOptions) -> None:
+    """Raises ConversionError where the layer cannot be converted with these numbers."""
+    check_sizes(spec, options.kv_lora_rank, options.qk_rope_head_dim)
+    collapse, pairs = spec.head_dim // options.qk_rope_head_dim, spec.head_dim // 2
+    allowed = [fold for fold in range(collapse, pairs + 1, collapse) if pairs % fold == 0]
+    if options.freqfold not in allowed:
         raise ConversionError(
-            f"--freqfold {fold} does not fit: it must be a multiple of head_dim / qk_rope_head_dim = {d // dr} and "
-            f"divide the {d // 2} frequencies ({', '.join(map(str, allowed))})"
+            f"--freqfold {options.freqfold} does not fit: it must be a multiple of head_dim / qk_rope_head_dim = "
+            f"{collapse} and divide the {pairs} frequencies ({', '.join(map(str, allowed))})"
         )
 
 
@@ -92,8 +99,9 @@ def joint_basis(nope: Tensor, kv_moment: Tensor, rank: int) -> tuple[Tensor, flo
     moment = both @ kv_moment @ both.T
     energy = moment.diagonal().clamp_min(0).sqrt()  # root mean square of each channel
     keys, values = energy[: len(nope)], energy[len(nope) :]
-    balanced = len(keys) and keys.sum() > 0 and values.sum() > 0
-    rho = float(keys.mean() / values.mean()) if balanced else 1.0
+    # Keys that RoPE keeps whole leave rounding errors behind, which must not be blown up to the size of values.
+    floor = ROUNDING * kv_moment.diagonal()[:width].clamp_min(0).sqrt().mean()
+    rho = float(torch.maximum(keys.mean(), floor) / values.mean()) if len(keys) and values.any() and floor > 0 else 1.0
     scale = torch.ones_like(energy)
     scale[: len(nope)] /= rho
     directions = torch.linalg.eigh(scale[:, None] * moment * scale).eigenvectors.flip(-1)
