@@ -251,6 +251,11 @@ def test_how_a_request_ends(model: Transformer):
     assert ends(max_tokens=1) == (text[:1], ("length", None))
 
 
+def test_end_tokens_the_model_does_not_have_are_no_matter():
+    core = engine(model_of("gqa"), eos=(5, VOCAB, 10 * VOCAB))
+    assert len(generate(core, [1, 2, 3], temperature=0, min_tokens=8, max_tokens=8)) == 8
+
+
 def test_the_context_and_the_cache_end_a_request_by_length(model: Transformer):
     (prompt,) = random_prompts(7, [20])
     for config in ({"max_model_len": 50}, {"cache_tokens": 48}, {"cache_tokens": 48, "max_num_seqs": 1}):
