@@ -375,7 +375,7 @@ def test_a_failing_step_leaks_nothing(monkeypatch: pytest.MonkeyPatch):
     assert len(generate(core, [1, 2, 3], temperature=0, max_tokens=5)) == 5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_random_arrivals_and_aborts_change_nobodys_text(data: st.DataObject):
     kind = data.draw(st.sampled_from(KINDS))

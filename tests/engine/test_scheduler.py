@@ -177,5 +177,5 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert seq in self.aborted or seq.num_output == seq.max_tokens
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestSchedulerMachine = SchedulerMachine.TestCase
