@@ -34,7 +34,7 @@ class EngineCore:
         num_blocks = num_cache_blocks(model, config, max_model_len)
         self.config = config
         self.spec = model.spec
-        self.eos_ids = frozenset(generation.eos_token_ids)
+        self.eos_ids = frozenset(token for token in generation.eos_token_ids if token < model.spec.vocab_size)
         self.max_len = min(max_model_len, num_blocks * config.block_size)  # tokens of the longest sequence possible
         self.pool = BlockPool(num_blocks, config.block_size, config.prefix_cache)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_batched_tokens, self.max_len)
@@ -94,10 +94,8 @@ class EngineCore:
             if not step:
                 return []
             result = self.runner.run(step, self.scheduler.block_tables)
-            broken = {seq for seq, token in zip(result.seqs, result.token_ids, strict=True) if token == NOT_FINITE}
             for item in step:
-                if item.seq not in broken:  # its rows must not become anybody's prefix
-                    self.scheduler.computed(item)
+                self.scheduler.computed(item)
             outputs = [
                 self._emit(seq, token, result.logprobs.get(i))
                 for i, (seq, token) in enumerate(zip(result.seqs, result.token_ids, strict=True))
@@ -141,7 +139,7 @@ class EngineCore:
         seq.append(token)
         reason: FinishReason | None = None
         stop_reason: int | None = None
-        if token in seq.end_ids and seq.num_output > seq.params.min_tokens:
+        if token in seq.end_ids:  # before min_tokens there is none
             reason = "stop"
             stop_reason = token if token in seq.params.stop_token_ids else None
         elif seq.num_output >= seq.max_tokens:

@@ -7,8 +7,10 @@ and a preempted one starts over with num_computed == 0 and its output among the 
 
 Order is first come, first served: `running`, then `waiting`, are always in order of arrival. A sequence is admitted
 once there are blocks for all the tokens it has, so only growth by output can run out of blocks; then the latest arrival
-gives up its own, at worst the growing sequence itself. The oldest sequence is thus never preempted, every step computes
-something while there is work, and everyone finishes.
+gives up its own, at worst the growing sequence itself, and queues first. The oldest sequence is thus never preempted,
+every step computes something while there is work, and everyone finishes. (What a preempted sequence gave up is not
+enough to admit it again at once: it needs no fewer blocks than it had, and one of them is taken. Unless others have
+computed its prefix meanwhile; then it may as well come back.)
 """
 
 from __future__ import annotations
@@ -56,7 +58,6 @@ class Scheduler:
         """This step's work, every sequence at most once; their blocks are allocated. Empty only without work."""
         budget = self.max_batched_tokens
         step: list[Scheduled] = []
-        preemptions = self.num_preemptions
         for seq in self.running.copy():
             if budget == 0 or seq.state is not State.RUNNING:  # a preempted one: so are all after it
                 break
@@ -65,13 +66,7 @@ class Scheduler:
             count = min(len(seq.token_ids) - seq.num_computed, budget)
             step.append(Scheduled(seq, count))
             budget -= count
-        while (
-            self.waiting
-            and budget > 0
-            and self.num_preemptions == preemptions
-            and len(self.running) < self.max_num_seqs
-            and self._admit(self.waiting[0])
-        ):
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and self._admit(self.waiting[0]):
             seq = self.waiting.popleft()
             count = min(len(seq.token_ids) - seq.num_computed, budget)
             step.append(Scheduled(seq, count))

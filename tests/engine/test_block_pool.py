@@ -162,5 +162,5 @@ class PoolMachine(RuleBasedStateMachine):
                 assert self.content[block] == tuple(text[: (i + 1) * self.pool.block_size])
 
 
-PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPoolMachine = PoolMachine.TestCase
