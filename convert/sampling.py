@@ -6,6 +6,7 @@ supplies (arXiv 2406.08464), then the template around them, and its own reply. A
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -23,7 +24,7 @@ from engine.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 512  # of one sample, prompt and output, at most
 MIN_SAMPLE = 16  # an end token cannot come before; keeps a model that is quick to end from stalling the loop
-MAX_TOGETHER = 64  # samples drawn at a time
+MAX_TOGETHER = 64  # samples that the engine runs at once
 MARK = "USER-TEXT-GOES-HERE"
 
 
@@ -75,8 +76,9 @@ def sample_tokens(source: Checkpoint, tokenizer: Tokenizer, count: int, seed: in
         opening = None  # no room for a chat
     samples: list[list[int]] = []
     with tqdm(total=count, desc="sampling calibration text", unit="tok", disable=None) as progress:
-        while (missing := count - sum(map(len, samples))) > 0:
-            together = min(MAX_TOGETHER, -(-missing // sampler.limit))
+        while (have := sum(map(len, samples))) < count:
+            length = have / len(samples) if samples else sampler.limit  # of a sample, on average, as far as is known
+            together = math.ceil(1.1 * (count - have) / length)
             chats = 0 if opening is None else together // 2
             plain = together - chats
             prompts, caps = [start] * plain + [opening or []] * chats, [sampler.limit] * plain + [user_tokens] * chats
