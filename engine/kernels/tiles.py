@@ -27,7 +27,7 @@ def pad(width: int) -> int:
 
 
 def power_of_2_chunks(width: int, most: int) -> tuple[int, ...]:
-    """At most `most` powers of two, each at least 16, that together cover `width` columns, widest first; then zeros.
+    """At most `most` (2 or more) powers of two, each at least 16, that together cover `width` columns, widest first; then zeros.
 
     A width that is no power of two is split (448 = 256 + 128 + 64) instead of padded to 512, unless that saves nothing;
     512 and more are halved, which takes fewer registers.
