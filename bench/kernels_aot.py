@@ -57,9 +57,10 @@ class Usage:
     shared_bytes: int
 
     def __str__(self) -> str:
+        verdict = "" if self.fits else "  FAILS"
         return (
             f"sm_{self.arch} {self.shape}: {self.kernel} {self.warps} warps, {self.registers} registers, "
-            f"{self.spill_bytes} bytes spilled, {self.shared_bytes / 1024:.0f} KB shared{'' if self.fits else '  FAILS'}"
+            f"{self.spill_bytes} bytes spilled, {self.shared_bytes / 1024:.0f} KB shared{verdict}"
         )
 
     @property
