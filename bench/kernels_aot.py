@@ -2,13 +2,14 @@
 
     python -m bench.kernels_aot [--arch 80 90] [--full] [--json FILE]
 
-The launch wrappers themselves run, on tensors without storage, and each launch they make is compiled instead: so what is
-checked is what they would launch, tile sizes and alignment included.
+The launch wrappers themselves run, on tensors without storage, and each launch they make is compiled instead: so what
+is checked is what they would launch, tile sizes and alignment included.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -22,8 +23,24 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
 
+from engine.kernels.cache import cache_gather_triton, cache_write_triton
+from engine.kernels.gqa_decode import gqa_decode_triton
+from engine.kernels.gqa_prefill import gqa_prefill_triton
+from engine.kernels.mla_decode import mla_decode_triton
+from engine.kernels.mla_prefill import merge_partial_triton, mla_prefill_triton
+from engine.kernels.norm import add_rms_norm_triton, rms_norm_triton
+from engine.kernels.rope import rope_triton_
+from engine.kernels.sample import SamplingTensors, sample_triton
+from engine.kernels.silu_mul import silu_mul_triton
+
+Case = tuple[str, Callable[[], object]]  # what it is, and a call that launches it
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory one program may have
 
 
@@ -38,6 +55,13 @@ class Usage:
     registers: int  # per thread
     spill_bytes: int  # stored, per thread
     shared_bytes: int
+
+    def __str__(self) -> str:
+        verdict = "" if self.fits else "  FAILS"
+        return (
+            f"sm_{self.arch} {self.shape}: {self.kernel} {self.warps} warps, {self.registers} registers, "
+            f"{self.spill_bytes} bytes spilled, {self.shared_bytes / 1024:.0f} KB shared{verdict}"
+        )
 
     @property
     def fits(self) -> bool:
@@ -57,11 +81,9 @@ class Launch:
 
 def record(call: Callable[[], object]) -> list[Launch]:
     """The kernels that `call` would launch."""
-    from triton.runtime.jit import JITFunction
-
     launches: list[Launch] = []
 
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:  # noqa: ARG001
+    def run(kernel: Any, *args: object, grid: object, warmup: bool, **kwargs: Any) -> None:  # noqa: ANN401, ARG001
         names = kernel.arg_names
         values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
         launches.append(Launch(kernel, values, {k: v for k, v in kwargs.items() if k not in names}))
@@ -71,24 +93,24 @@ def record(call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def compile_launch(launch: Launch, arch: int, shape: str) -> Usage:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def argument_types(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """-> signature, constants and attributes, as Triton's launcher would derive them from aligned tensors."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.args[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):  # triton makes a 1 a constant, too
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):  # a 1 becomes a constant, too
             signature[name], constants[(index,)] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + triton.runtime.jit.mangle_type(value).removeprefix("*")
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
+            signature[name] = mangle_type(value) if isinstance(value, Tensor) else "i32"
+            if isinstance(value, Tensor) or value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, arch: int, shape: str) -> Usage:
+    source = ASTSource(launch.kernel, *argument_types(launch))
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     registers, spills = ptxas_usage(compiled.asm["ptx"], arch)
     meta = compiled.metadata
@@ -97,8 +119,6 @@ def compile_launch(launch: Launch, arch: int, shape: str) -> Usage:
 
 def ptxas_usage(ptx: str, arch: int) -> tuple[int, int]:
     """Registers and spilled bytes per thread."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
@@ -107,3 +127,110 @@ def ptxas_usage(ptx: str, arch: int) -> tuple[int, int]:
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     (registers,) = re.findall(r"Used (\d+) registers", report)
     return int(registers), sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def paged(width: int, batch: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """A cache of rows of `width`, block tables and lengths."""
+    return meta(1000, 64, width), meta(batch, 128, dtype=torch.int32), meta(batch, dtype=torch.int32)
+
+
+def mla_cases(rank: int, rope: int, heads: int, splits: int = 8) -> Iterator[Case]:
+    q = meta(64, heads, rank + rope)
+    yield (
+        f"mla decode {rank}+{rope}, {heads} heads, {splits} splits",
+        lambda: mla_decode_triton(q, *paged(rank + rope), rank, 1.0, 8192, splits),
+    )
+
+
+def mla_prefill_cases(nope: int, rope: int, value: int) -> Iterator[Case]:
+    def call() -> None:
+        bounds, starts = meta(9, dtype=torch.int32), meta(8, dtype=torch.int32)
+        q, kv, k_rope = meta(4096, 32, nope + rope), meta(8192, 32, nope + value), meta(8192, 1, rope)
+        mla_prefill_triton(q, kv, k_rope, bounds, bounds, starts, starts, nope, 1.0)
+
+    yield f"mla prefill keys {nope}+{rope}, values {value}", call
+
+
+def gqa_cases(heads: int, kv_heads: int, dim: int) -> Iterator[Case]:
+    width, bounds = 2 * kv_heads * dim, meta(65, dtype=torch.int32)
+    shape = f"{heads}/{kv_heads} heads of {dim}"
+    decode_q, prefill_q = meta(64, heads, dim), meta(4096, heads, dim)
+    yield f"gqa decode {shape}", lambda: gqa_decode_triton(decode_q, *paged(width), kv_heads, 1.0, 8192, 8)
+    cache, tables, lens = paged(width)
+    yield f"gqa prefill {shape}", lambda: gqa_prefill_triton(prefill_q, cache, tables, bounds, lens, kv_heads, 1.0)
+
+
+def other_cases() -> Iterator[Case]:
+    """Kernels whose shape hardly matters."""
+    hidden, bounds = meta(64, 4096), meta(65, dtype=torch.int32)
+    yield "rms norm 4096", lambda: rms_norm_triton(hidden, hidden[0], 1e-5)
+    yield "add + rms norm 4096", lambda: add_rms_norm_triton(hidden, hidden, hidden[0], 1e-5)
+    yield "rotation 33 heads of 64", lambda: rope_triton_(meta(64, 33, 64), meta(64, 1, 32, 2, dtype=torch.float32))
+    yield "gated silu 14336", lambda: silu_mul_triton(meta(64, 28672))
+    cache, tables, lens = paged(576)
+    yield "cache write 576", lambda: cache_write_triton(cache, meta(64, 576), meta(64, dtype=torch.int64))
+    yield "cache gather 576", lambda: cache_gather_triton(cache, tables, lens, bounds, 4096)
+    part, lse = meta(64, 32, 128), meta(64, 32, dtype=torch.float32)
+    yield "merge of partial results 128", lambda: merge_partial_triton(part, lse, part, lse)
+    floats, longs = meta(64, dtype=torch.float32), meta(64, dtype=torch.int64)
+    options = SamplingTensors(floats, lens, floats, floats, longs, longs, False, True, True, True)
+    yield "sample 128256", lambda: sample_triton(meta(64, 128256), options)
+
+
+def cases(full: bool) -> Iterator[Case]:
+    yield from mla_cases(512, 64, 16)
+    yield from mla_cases(512, 64, 32)
+    yield from mla_cases(448, 64, 28)
+    yield from mla_cases(256, 256, 32)
+    yield from mla_cases(192, 32, 64)
+    yield from mla_cases(128, 32, 32, splits=1)
+    yield from mla_prefill_cases(128, 64, 128)
+    yield from gqa_cases(32, 8, 128)
+    yield from other_cases()
+    if full:
+        for rank, rope, heads in itertools.product((128, 192, 256, 448, 512), (32, 64), (8, 16, 28, 32, 64, 128)):
+            yield from mla_cases(rank, rope, heads)
+        for rank, rope in ((64, 16), (96, 24), (384, 64), (256, 256), (512, 512), (1024, 1024), (512, 0)):
+            for heads in (14, 32, 64):
+                yield from mla_cases(rank, rope, heads)
+        for nope, rope, value in (
+            (64, 32, 64),
+            (128, 32, 128),
+            (0, 128, 128),
+            (0, 64, 64),
+            (96, 32, 96),
+            (256, 64, 256),
+        ):
+            yield from mla_prefill_cases(nope, rope, value)
+        for heads, kv_heads, dim in ((32, 4, 64), (28, 4, 128), (14, 2, 64), (8, 8, 80), (16, 8, 256)):
+            yield from gqa_cases(heads, kv_heads, dim)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT))
+    parser.add_argument("--full", action="store_true", help="the whole grid of shapes, some minutes")
+    parser.add_argument("--json", type=Path, help="write the table there")
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    usages = []
+    for shape, call in cases(options.full):
+        for launch in record(call):
+            for arch in options.arch:
+                usage = compile_launch(launch, arch, shape)
+                usages.append(usage)
+                print(usage, flush=True)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(usage) for usage in usages], indent=1))
+    failures = [usage for usage in usages if not usage.fits]
+    print(f"{len(usages)} kernels compiled by triton {triton.__version__}, {len(failures)} do not fit")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

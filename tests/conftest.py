@@ -1,10 +1,18 @@
-"""Where the real checkpoints and texts are, for the tests that want them."""
+"""Where the real checkpoints and texts are, for the tests that want them; and how Triton runs in tests.
+
+Without a GPU its kernels run in Triton's interpreter, which must be chosen before anything imports triton.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODELS = ("stories260K", "TinyStories-656K", "tinystories-gqa64")

@@ -89,7 +89,7 @@ def _gqa_decode_kernel(
     written = head_mask
     if SPLITS > 1:
         tl.store(lse_ptr + results, lse, mask=head_mask)
-        written = head_mask & (first < last)
+        written = head_mask & (total > 0)
     store_columns(out_ptr + results * DIM, written, acc * factor[:, None], 0, DIM_PADDED, DIM)
 
 
@@ -129,4 +129,5 @@ def gqa_decode(
 
     block_tables int32 [B, max_blocks]; kv_lens int32 [B]; max_kv_len == max(kv_lens), on the host.
     """
-    return gqa_decode_torch(q, cache, block_tables, kv_lens, num_kv_heads, scale, max_kv_len)
+    implementation = gqa_decode_triton if q.is_cuda else gqa_decode_torch
+    return implementation(q, cache, block_tables, kv_lens, num_kv_heads, scale, max_kv_len)

@@ -129,4 +129,5 @@ def gqa_prefill(
     cu_q int32 [B + 1]; the queries of sequence b are the last cu_q[b+1] - cu_q[b] of its kv_lens[b] tokens. cache
     [num_blocks, block_size, 2 g D], a row being [keys | values]; block_tables int32 [B, max_blocks].
     """
-    return gqa_prefill_torch(q, cache, block_tables, cu_q, kv_lens, num_kv_heads, scale)
+    implementation = gqa_prefill_triton if q.is_cuda else gqa_prefill_torch
+    return implementation(q, cache, block_tables, cu_q, kv_lens, num_kv_heads, scale)

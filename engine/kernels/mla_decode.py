@@ -108,7 +108,7 @@ def _mla_decode_kernel(
     written = head_mask
     if SPLITS > 1:
         tl.store(lse_ptr + results, lse, mask=head_mask)
-        written = head_mask & (first < last)
+        written = head_mask & (total > 0)
     out_rows = out_ptr + results * RANK
     store_columns(out_rows, written, acc0 * factor[:, None], 0, R0, RANK)
     if R1 > 0:
@@ -155,4 +155,5 @@ def mla_decode(
     cache [num_blocks, block_size, r + dr]; block_tables int32 [B, max_blocks] (entries past a sequence's last block are
     never read as tokens, but must be valid block numbers); kv_lens int32 [B]; max_kv_len == max(kv_lens), on the host.
     """
-    return mla_decode_torch(q, cache, block_tables, kv_lens, rank, scale, max_kv_len)
+    implementation = mla_decode_triton if q.is_cuda else mla_decode_torch
+    return implementation(q, cache, block_tables, kv_lens, rank, scale, max_kv_len)

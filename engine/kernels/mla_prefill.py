@@ -174,7 +174,8 @@ def mla_prefill(
     query i of sequence b stands at position q_starts[b] + i, key j at k_starts[b] + j, and a query sees the keys at or
     before it. A query that sees none gives out 0 and lse -inf.
     """
-    return mla_prefill_torch(q, kv, k_rope, cu_q, cu_k, q_starts, k_starts, nope_dim, scale)
+    implementation = mla_prefill_triton if q.is_cuda else mla_prefill_torch
+    return implementation(q, kv, k_rope, cu_q, cu_k, q_starts, k_starts, nope_dim, scale)
 
 
 @jit
@@ -218,4 +219,5 @@ def merge_partial_triton(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Ten
 
 def merge_partial(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys, from its parts: out [T, H, v], lse [T, H]."""
-    return merge_partial_torch(out_a, lse_a, out_b, lse_b)
+    implementation = merge_partial_triton if out_a.is_cuda else merge_partial_torch
+    return implementation(out_a, lse_a, out_b, lse_b)

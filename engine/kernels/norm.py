@@ -68,11 +68,15 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension: x [T, d], weight [d] -> [T, d]."""
+    """RMSNorm over the last dimension: x [T, d] (any row stride), weight [d] -> [T, d]."""
+    if x.is_cuda:
+        return rms_norm_triton(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps) if x.dtype == torch.float32 else rms_norm_torch(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual [T, d] -> (rms_norm(x + residual), x + residual)."""
+    if x.is_cuda:
+        return add_rms_norm_triton(x, residual, weight, eps)
     total = x + residual
     return rms_norm(total, weight, eps), total

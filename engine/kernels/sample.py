@@ -211,7 +211,7 @@ def _kth_logit(row_ptr: tl.tensor, vocab: int, best: tl.tensor, k: tl.tensor, CO
     low = tl.full([], -2139095041, tl.int64)  # -inf
     high = _ordered(best.to(tl.int32, bitcast=True)).to(tl.int64)
     while low < high:
-        middle = (low + high + 1) >> 1
+        middle = low + ((high - low + 1) >> 1)
         threshold = _ordered(middle.to(tl.int32)).to(tl.float32, bitcast=True)
         reach = tl.zeros([COLUMNS], tl.int32)
         for start in range(0, vocab, COLUMNS):
@@ -239,7 +239,7 @@ def _nucleus_weight(
     low = tl.full([], 0, tl.int32)
     high = tl.full([], 0x50800000, tl.int32)  # ONE
     while low < high:
-        middle = (low + high + 1) >> 1
+        middle = low + ((high - low + 1) >> 1)
         threshold = middle.to(tl.float32, bitcast=True)
         mass = _total_weight(row_ptr, vocab, best, inverse, least_logit, threshold, COLUMNS)
         enough = mass.to(tl.float64) >= target

@@ -53,7 +53,7 @@ def _combine_kernel(
     out = tl.zeros([WIDTH_PADDED], tl.float32)
     for split in range(SPLITS):
         lse = tl.load(lse_row + split)
-        mask = (columns < WIDTH) & (lse > float("-inf"))
+        mask = columns < tl.where(lse > float("-inf"), WIDTH, 0)
         out += tl.load(partial_ptr + (row * SPLITS + split) * WIDTH + columns, mask=mask, other=0.0) * tl.exp2(
             lse - peak
         )

@@ -27,7 +27,7 @@ def pad(width: int) -> int:
 
 
 def power_of_2_chunks(width: int, most: int) -> tuple[int, ...]:
-    """At most `most` powers of two, each at least 16, that together cover `width` columns, widest first; then zeros.
+    """At most `most` (2 or more) powers of two, each at least 16, that cover `width` columns, widest first; then zeros.
 
     A width that is no power of two is split (448 = 256 + 128 + 64) instead of padded to 512, unless that saves nothing;
     512 and more are halved, which takes fewer registers.
@@ -79,5 +79,6 @@ def gqa_decode_tile(head_dim: int, group: int, element_size: int) -> Tile:
 
 def prefill_tile(key_dim: int, value_dim: int, element_size: int) -> Tile:
     """For keys of `key_dim` and values of `value_dim` channels, padding included."""
-    tiles = [Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 2)]
+    wide = [Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 2)]  # for values wider than 128, and for fp32
+    tiles = [Tile(128, 64 if value_dim <= 64 else 32, 8, 3), *wide] if value_dim <= 128 else wide
     return _first_that_fits(tiles, key_dim * element_size, (key_dim + value_dim) * element_size)

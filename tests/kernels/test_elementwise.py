@@ -1,0 +1,112 @@
+"""RMSNorm, rotation, gated SiLU and the cache's rows, both implementations, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.kernels.cache import cache_gather_torch, cache_gather_triton, cache_write_torch, cache_write_triton
+from engine.kernels.norm import add_rms_norm, add_rms_norm_triton, rms_norm, rms_norm_triton
+from engine.kernels.rope import rope_, rope_table, rope_torch_, rope_triton_
+from engine.kernels.silu_mul import silu_mul_torch, silu_mul_triton
+
+from .conftest import DEVICE
+from .reference import assert_near, block_cache
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def rms(x, weight, eps):
+    x = x.double()
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+@pytest.mark.parametrize("implementation", [rms_norm, rms_norm_triton])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 100, 192, 1024])
+def test_rms_norm_of_a_slice(implementation, dtype, width):
+    torch.manual_seed(0)
+    x = torch.randn(4, width + 9).to(dtype).to(DEVICE)[:, 3 : 3 + width]
+    weight = torch.randn(width).to(dtype).to(DEVICE)
+    assert_near(implementation(x, weight, 1e-5), rms(x, weight, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("implementation", [add_rms_norm, add_rms_norm_triton])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm(implementation, dtype):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(3, 96).to(dtype).to(DEVICE) for _ in range(2))
+    weight = torch.randn(96).to(dtype).to(DEVICE)
+    normed, total = implementation(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    assert_near(normed, rms(x + residual, weight, 1e-5), dtype)
+
+
+def test_rms_norm_of_zeros_and_of_nothing():
+    weight = torch.ones(48, device=DEVICE)
+    assert torch.equal(rms_norm_triton(torch.zeros(2, 48, device=DEVICE), weight, 1e-5).cpu(), torch.zeros(2, 48))
+    assert rms_norm_triton(torch.zeros(0, 48, device=DEVICE), weight, 1e-5).shape == (0, 48)
+
+
+@pytest.mark.parametrize("implementation", [rope_, rope_torch_, rope_triton_])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim"), [(1, 2), (5, 24), (19, 64)])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_rotation_of_a_slice(implementation, dtype, heads, dim, per_head):
+    torch.manual_seed(0)
+    positions = torch.tensor([0, 1, 100_000])
+    inv_freq = torch.rand(heads if per_head else 1, dim // 2, dtype=torch.float64)
+    angle = positions[:, None, None] * inv_freq
+    row = torch.randn(3, heads * dim + 12).to(dtype)
+    a, b = row[:, 8:-4].unflatten(1, (heads, -1, 2)).double().unbind(-1)
+    expected = row.double()
+    turned = torch.stack((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
+    expected[:, 8:-4] = turned.flatten(1)
+    row = row.to(DEVICE)
+    implementation(row[:, 8:-4].unflatten(1, (heads, dim)), rope_table(positions, inv_freq).to(DEVICE))
+    assert_near(row, expected, dtype)  # what lies around the slice is as it was
+
+
+@pytest.mark.parametrize("implementation", [silu_mul_torch, silu_mul_triton])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 100, 1500])
+def test_silu_mul(implementation, dtype, width):
+    torch.manual_seed(0)
+    gate_up = (torch.randn(3, 2 * width) * 10).to(dtype).to(DEVICE)
+    gate, up = gate_up.double().chunk(2, -1)
+    assert_near(implementation(gate_up), gate / (1 + (-gate).exp()) * up, dtype)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # numpy, in the interpreter
+def test_silu_mul_of_extremes():
+    gate_up = torch.tensor([[-1e4, 1e4, 0.0, 1.0, 1.0, 1.0]], device=DEVICE)
+    assert silu_mul_triton(gate_up).tolist() == [[0.0, 1e4, 0.0]]
+
+
+@pytest.mark.parametrize("write", [cache_write_torch, cache_write_triton])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_written_rows_and_no_others_change(write, dtype):
+    torch.manual_seed(0)
+    cache = torch.randn(5, 4, 24).to(dtype).to(DEVICE)
+    rows = torch.randn(6, 40).to(dtype).to(DEVICE)[:, 8:32]
+    slots = torch.tensor([19, 0, 7, 8, 3, 12])
+    expected = cache.flatten(0, 1).clone()
+    expected[slots.to(DEVICE)] = rows
+    write(cache, rows, slots.to(DEVICE))
+    assert torch.equal(cache.flatten(0, 1), expected)
+    write(cache, rows[:0], slots[:0].to(DEVICE))
+    assert torch.equal(cache.flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("gather", [cache_gather_torch, cache_gather_triton])
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+def test_gathered_pieces(gather, block_size):
+    torch.manual_seed(0)
+    sequences = [torch.randn(n, 24) for n in (40, 3, 0, 25)]
+    starts, counts = [10, 0, 0, 24], [30, 3, 0, 1]
+    cache, tables, _ = block_cache(sequences, block_size, torch.float32, DEVICE)
+    cu_rows = torch.tensor([0, 30, 33, 33, 34], dtype=torch.int32, device=DEVICE)
+    begin = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+    expected = torch.cat([rows[s : s + n] for rows, s, n in zip(sequences, starts, counts, strict=True)])
+    assert torch.equal(gather(cache, tables, begin, cu_rows, 34).cpu(), expected)
+    assert gather(cache, tables, begin, torch.zeros_like(cu_rows), 0).shape == (0, 24)
