@@ -7,6 +7,7 @@ measured is what is written: errors are taken with the tensors rounded to the dt
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,12 +22,13 @@ from convert.statistics import collect
 from convert.stream import Stream
 from engine.checkpoint import Checkpoint
 from engine.kernels.norm import rms_norm
+from engine.model.mla import MLAttention
 from engine.model.transformer import Layer
-from engine.spec import GQASpec, LayerSpec
+from engine.spec import GQASpec, LayerSpec, MLASpec
 
 Windows = Sequence[Sequence[int]]
-# Takes each converted layer as it is made, in order: its spec, its tensors as stored, and the relative error of its
-# attention's output on the source's own inputs.
+# Takes each converted layer as it is made, in order: its spec, its tensors (the attention's as stored, the rest as in
+# the source), and the relative error of its attention's output on the source's own inputs.
 LayerSink = Callable[[LayerSpec, dict[str, Tensor], float], None]
 
 
@@ -69,19 +71,30 @@ def sweep(
         attention = {n.removeprefix("self_attn."): t for n, t in tensors.items() if n.startswith("self_attn.")}
         rest = {n: t for n, t in raw.items() if not n.startswith("self_attn.")}
         layer = Layer(spec, source.spec.norm_eps, tensors)
+        as_stored = layer
+        if any(t.dtype != precision.stored for t in raw.values()):
+            as_stored = Layer(spec, source.spec.norm_eps, precision.load(precision.store(raw)))
         statistics = collect(spec.attention, attention, fit_stream.inputs(layer))
         for i, (candidate, stream) in enumerate(zip(candidates, own_streams, strict=True)):
             mla, made = candidate.layers[index](spec.attention, attention, statistics)
-            written = precision.store(rest | {f"self_attn.{n}": t for n, t in made.items()})
-            converted = Layer(LayerSpec(mla, spec.mlp), source.spec.norm_eps, precision.load(written))
+            made = precision.store(made)
+            converted = _with_attention(as_stored, mla, precision.load(made))
             if i == 0 and sink is not None:
                 error = relative_error(zip(check_stream.attended(layer), check_stream.attended(converted), strict=True))
-                sink(converted.spec, written, error)
+                sink(converted.spec, rest | {f"self_attn.{name}": t for name, t in made.items()}, error)
             stream.advance(converted)
         fit_stream.advance(layer)
         check_stream.advance(layer)
     eps, vocab = source.spec.norm_eps, source.spec.vocab_size
     return [_compare(check_stream, own, loaded, stored, eps, vocab) for own in own_streams]
+
+
+def _with_attention(layer: Layer, spec: MLASpec, tensors: dict[str, Tensor]) -> Layer:
+    """The same layer, sharing all else, with another attention."""
+    other = copy.copy(layer)
+    other.spec = LayerSpec(spec, layer.spec.mlp)
+    other.attention = MLAttention(spec, tensors)
+    return other
 
 
 def _compare(
