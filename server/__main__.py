@@ -84,8 +84,8 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default=default.dtype,
                        help="of weights and cache; auto: float32 on a CPU, the checkpoint's own on a GPU")  # fmt: skip
     group.add_argument("--threads", type=positive, metavar="N",
-                       help="CPU threads, where there is no GPU; else one less than there are cores: threads that share a "
-                            "core wait for each other at every operation")  # fmt: skip
+                       help="CPU threads, where there is no GPU; else one less than there are cores: threads that "
+                            "share a core wait for each other at every operation")  # fmt: skip
     group.add_argument("--max-num-seqs", type=positive, default=default.max_num_seqs, metavar="N",
                        help="sequences computed at once; more raise throughput and the time per token")  # fmt: skip
     group.add_argument("--max-model-len", type=positive, metavar="N",
