@@ -16,7 +16,8 @@ ROWS = 16  # rows gathered by one program
 
 
 def cache_write_torch(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
-    cache.view(-1, cache.shape[-1]).index_copy_(0, slots, rows.to(cache.dtype))
+    rows = rows if rows.dtype == cache.dtype else rows.to(cache.dtype)
+    cache.view(-1, cache.shape[-1]).index_copy_(0, slots, rows)
 
 
 @jit

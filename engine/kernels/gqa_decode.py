@@ -23,10 +23,10 @@ def gqa_decode_torch(
     queries = q.unflatten(1, (num_kv_heads, -1))  # [B, g, H/g, D]
     outs = []
     for i in range(num_kv_heads):
-        scores = torch.baddbmm(q.new_empty(()), queries[:, i], heads[i].mT, beta=0, alpha=scale)  # [B, H/g, S]
+        scores = torch.bmm(queries[:, i], heads[i].mT).mul_(scale)  # [B, H/g, S]
         if padding is not None:
             scores.masked_fill_(padding[:, None], float("-inf"))
-        outs.append(scores.softmax(-1) @ heads[num_kv_heads + i])
+        outs.append(torch.bmm(torch.softmax(scores, -1), heads[num_kv_heads + i]))
     out = torch.cat(outs, 1)
     return out if padding is None else out.masked_fill_((kv_lens == 0)[:, None, None], 0)
 

@@ -17,11 +17,11 @@ def mla_decode_torch(
 ) -> Tensor:
     """The definition, one padded gather for the batch. An empty sequence (kv_len 0) gives zeros."""
     rows, padding = padded_rows(cache, block_tables, kv_lens, max_kv_len)
-    rows = rows.to(q.dtype)
-    scores = torch.baddbmm(q.new_empty(()), q, rows.mT, beta=0, alpha=scale)  # [B, H, S]
+    rows = rows if rows.dtype == q.dtype else rows.to(q.dtype)
+    scores = torch.bmm(q, rows.mT).mul_(scale)  # [B, H, S]
     if padding is None:
-        return scores.softmax(-1) @ rows[..., :rank]
-    out = scores.masked_fill_(padding[:, None], float("-inf")).softmax(-1) @ rows[..., :rank]
+        return torch.bmm(torch.softmax(scores, -1), rows[:, :, :rank])
+    out = torch.bmm(torch.softmax(scores.masked_fill_(padding[:, None], float("-inf")), -1), rows[:, :, :rank])
     return out.masked_fill_((kv_lens == 0)[:, None, None], 0)
 
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels._triton import jit, next_power_of_2, tl
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., d] -> x / rms(x) * weight, the mean square taken in fp32 (fp64 for fp64 input)."""
+    """The definition, x [..., d] -> x / sqrt(mean(x^2) + eps) * weight, taken in fp32 (fp64 for fp64 input).
+
+    Written with a norm and a hypotenuse, sqrt(norm(x)^2 / d + eps): a third of the operations that a CPU has to start.
+    """
     wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    rms = torch.linalg.vector_norm(wide, 2, -1, True).mul_(1 / math.sqrt(x.shape[-1]))
+    normed = torch.div(wide, torch.hypot(rms, _constant(math.sqrt(eps), wide.dtype)))
+    return normed.mul_(weight) if x.dtype == weight.dtype == wide.dtype else normed.to(x.dtype) * weight
+
+
+@lru_cache(maxsize=16)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
 
 
 @jit
@@ -69,9 +81,7 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension: x [T, d] (any row stride), weight [d] -> [T, d]."""
-    if x.is_cuda:
-        return rms_norm_triton(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps) if x.dtype == torch.float32 else rms_norm_torch(x, weight, eps)
+    return rms_norm_triton(x, weight, eps) if x.is_cuda else rms_norm_torch(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -79,4 +89,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if x.is_cuda:
         return add_rms_norm_triton(x, residual, weight, eps)
     total = x + residual
-    return rms_norm(total, weight, eps), total
+    return rms_norm_torch(total, weight, eps), total

@@ -75,6 +75,6 @@ def rope_(x: Tensor, table: Tensor) -> None:
     if x.is_cuda:
         rope_triton_(x, table)
     elif x.dtype == torch.float32 and x.storage_offset() % 2 == 0 and all(s % 2 == 0 for s in x.stride()[:-1]):
-        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(torch.view_as_complex(table))
+        torch.view_as_complex(x.view(*x.shape[:2], -1, 2)).mul_(torch.view_as_complex(table))
     else:
         rope_torch_(x, table)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_multiply_packed = torch.ops.quantized.linear_dynamic_fp16.default
+
 FP16_LOSS = 2.0**-20  # of the largest weight; numbers below fp16's normal range, which bf16 resolves, may lose that
 
 
@@ -33,6 +35,6 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         if self._packed is not None:
-            return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+            return _multiply_packed(x, self._packed)
         assert self._weight is not None  # one of the two is set
         return F.linear(x, self._weight, self.bias)

@@ -74,25 +74,24 @@ class MLAttention:
         if s.qk_rope_head_dim:
             rope_(qkv[:, s.kv_lora_rank : rope_end].unflatten(1, (-1, s.qk_rope_head_dim)), table)
         cache_write(cache, qkv[:, : s.cache_width], batch.slots)
-        q_rope = qkv[:, s.cache_width : rope_end].unflatten(1, (s.num_heads, s.qk_rope_head_dim))
-        q_nope = qkv[:, rope_end:].unflatten(1, (s.num_heads, s.qk_nope_head_dim))
-        outs = []
+        q_rope = qkv[:, s.cache_width : rope_end].view(len(x), s.num_heads, s.qk_rope_head_dim)
+        q_nope = qkv[:, rope_end:].view(len(x), s.num_heads, s.qk_nope_head_dim)
+        if not batch.num_prefills:
+            return self.o(self._decode(q_nope, q_rope, batch, cache).flatten(1))
+        o = self._prefill(torch.cat((q_nope[d:], q_rope[d:]), -1), batch, cache)
         if d:
-            outs.append(self._decode(q_nope[:d], q_rope[:d], batch, cache))
-        if batch.num_prefills:
-            outs.append(self._prefill(torch.cat((q_nope[d:], q_rope[d:]), -1), batch, cache))
-        o = outs[0] if len(outs) == 1 else torch.cat(outs)
+            o = torch.cat((self._decode(q_nope[:d], q_rope[:d], batch, cache), o))
         return self.o(o.flatten(1))
 
     def _decode(self, q_nope: Tensor, q_rope: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         """q_nope [B, H, n], q_rope [B, H, dr] -> [B, H, v], in the latent space."""
         s, d = self.spec, batch.num_decodes
-        q_latent = (q_nope.transpose(0, 1) @ self.k_up).transpose(0, 1)  # [B, H, r]
+        q_latent = torch.bmm(q_nope.transpose(0, 1), self.k_up).transpose(0, 1)  # [B, H, r]
         q = torch.cat((q_latent, self._place_in_group(q_rope)), -1)
         o = mla_decode(
             q, cache, batch.block_tables[:d], batch.kv_lens[:d], s.kv_lora_rank, s.softmax_scale, batch.max_decode_kv
         )
-        return (o.transpose(0, 1) @ self.v_down).transpose(0, 1)
+        return torch.bmm(o.transpose(0, 1), self.v_down).transpose(0, 1)
 
     def _place_in_group(self, q_rope: Tensor) -> Tensor:
         """[B, H, dr] -> [B, H, G dr], zero but for the columns of the head's own rope group."""
