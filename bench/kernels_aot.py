@@ -98,13 +98,14 @@ def argument_types(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.args[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):  # a 1 becomes a constant, too
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and value == 1):  # a 1 becomes a constant, too
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = mangle_type(value) if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or value % 16 == 0:
+            if isinstance(value, Tensor) or (special and value % 16 == 0):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
@@ -218,13 +219,14 @@ def main() -> None:
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    usages = []
+    usages, seen = [], set()
     for shape, call in cases(options.full):
         for launch in record(call):
-            for arch in options.arch:
-                usage = compile_launch(launch, arch, shape)
-                usages.append(usage)
-                print(usage, flush=True)
+            key = repr((launch.kernel, argument_types(launch), launch.options))
+            for arch in options.arch if key not in seen else ():
+                usages.append(compile_launch(launch, arch, shape))
+                print(usages[-1], flush=True)
+            seen.add(key)
     if options.json:
         options.json.write_text(json.dumps([asdict(usage) for usage in usages], indent=1))
     failures = [usage for usage in usages if not usage.fits]

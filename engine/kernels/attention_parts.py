@@ -7,9 +7,14 @@ of 0.
 
 from __future__ import annotations
 
-from engine.kernels._triton import jit, tl
+from engine.kernels._triton import jit, next_power_of_2, tl
 
 LOG2_E = 1.4426950408889634
+
+
+def padded_count(num_seqs: int) -> int:
+    """A power of two that holds so many sequences; the same for all counts up to 64, so that one kernel serves them."""
+    return max(64, next_power_of_2(num_seqs))
 
 
 @jit

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels._triton import jit, next_power_of_2, tl
-from engine.kernels.attention_parts import load_columns, store_columns
+from engine.kernels._triton import jit, jit_for_any, next_power_of_2, tl
+from engine.kernels.attention_parts import load_columns, padded_count, store_columns
 
 ROWS = 16  # rows gathered by one program
 
@@ -60,7 +60,7 @@ def cache_gather_torch(cache: Tensor, block_tables: Tensor, starts: Tensor, cu_r
     return cache.view(-1, cache.shape[-1])[blocks * block_size + within % block_size]
 
 
-@jit
+@jit_for_any("total", "num_seqs", "tables_stride")
 def _gather_kernel(
     cache_ptr: tl.tensor,  # [num_blocks, BLOCK_SIZE, WIDTH]
     tables_ptr: tl.tensor,  # int32 [B, max_blocks]
@@ -97,7 +97,7 @@ def cache_gather_triton(cache: Tensor, block_tables: Tensor, starts: Tensor, cu_
         _gather_kernel[(-(-total // ROWS),)](
             cache, block_tables, starts, cu_rows, out, total, num_seqs, block_tables.stride(0),
             BLOCK_SIZE=cache.shape[1], WIDTH=width, WIDTH_PADDED=next_power_of_2(width),
-            SEQS=next_power_of_2(num_seqs), ROWS=ROWS, num_warps=4,
+            SEQS=padded_count(num_seqs), ROWS=ROWS, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels._triton import jit, tl
+from engine.kernels._triton import jit_for_any, tl
 from engine.kernels.attention_parts import LOG2_E, load_columns, softmax_end, softmax_start, softmax_step, store_columns
 from engine.kernels.cache import padded_rows
 from engine.kernels.split_kv import combine, num_splits, partial_results, split_range
@@ -31,14 +31,14 @@ def gqa_decode_torch(
     return out if padding is None else out.masked_fill_((kv_lens == 0)[:, None, None], 0)
 
 
-@jit
+@jit_for_any("tables_stride", "splits")
 def _gqa_decode_kernel(
     q_ptr: tl.tensor,  # [B, H, DIM]
     cache_ptr: tl.tensor,  # [num_blocks, BLOCK_SIZE, 2 g DIM]
     tables_ptr: tl.tensor,  # int32 [B, max_blocks]
     lens_ptr: tl.tensor,  # int32 [B]
-    out_ptr: tl.tensor,  # [B, H, SPLITS, DIM]
-    lse_ptr: tl.tensor,  # fp32 [B, H, SPLITS], unused with one split
+    out_ptr: tl.tensor,  # [B, H, splits, DIM]
+    lse_ptr: tl.tensor,  # fp32 [B, H, splits], unused with one split
     scale: float,  # times log2 e
     num_heads: int,
     num_kv_heads: int,
@@ -47,13 +47,14 @@ def _gqa_decode_kernel(
     cache_stride_block: int,
     cache_stride_row: int,
     tables_stride: int,
+    splits: int,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per KV head
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether into more than one
     STAGES: tl.constexpr,
 ) -> None:
     TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS  # programs per KV head
@@ -66,7 +67,7 @@ def _gqa_decode_kernel(
     acc = tl.zeros([HEADS, DIM_PADDED], tl.float32)
     peak, total = softmax_start(HEADS)
     kv_len = tl.load(lens_ptr + b)
-    first, last = split_range(kv_len, split, TOKENS, SPLITS)
+    first, last = split_range(kv_len, split, splits, TOKENS)
     table_ptr = tables_ptr + b * tables_stride
     keys_ptr = cache_ptr + kv_head * DIM
     positions = first * TOKENS + tl.arange(0, TOKENS)
@@ -85,9 +86,9 @@ def _gqa_decode_kernel(
         acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
 
     factor, lse = softmax_end(peak, total)
-    results = (b * num_heads + heads) * SPLITS + split
+    results = (b * num_heads + heads) * splits + split
     written = head_mask
-    if SPLITS > 1:
+    if SPLIT:
         tl.store(lse_ptr + results, lse, mask=head_mask)
         written = head_mask & (total > 0)
     store_columns(out_ptr + results * DIM, written, acc * factor[:, None], 0, DIM_PADDED, DIM)
@@ -103,7 +104,7 @@ def gqa_decode_triton(
     max_kv_len: int,
     splits: int | None = None,
 ) -> Tensor:
-    """As `gqa_decode`; `splits`, a power of two, is chosen from the shapes where it is None."""
+    """As `gqa_decode`; `splits` is chosen from the shapes where it is None."""
     batch, num_heads, dim = q.shape
     group = num_heads // num_kv_heads
     tile = gqa_decode_tile(dim, group, q.element_size())
@@ -115,9 +116,9 @@ def gqa_decode_triton(
     partial, lse = partial_results(out, splits)
     _gqa_decode_kernel[(programs, splits, batch)](
         q, cache, block_tables, kv_lens, partial, lse, scale * LOG2_E, num_heads, num_kv_heads,
-        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), block_tables.stride(0),
+        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), block_tables.stride(0), splits,
         DIM=dim, DIM_PADDED=pad(dim), GROUP=group, BLOCK_SIZE=cache.shape[1],
-        HEADS=tile.rows, TOKENS=tile.tokens, SPLITS=splits, STAGES=tile.stages, num_warps=tile.warps,
+        HEADS=tile.rows, TOKENS=tile.tokens, SPLIT=splits > 1, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return combine(partial, lse, out)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels._triton import jit, next_power_of_2, tl
+from engine.kernels._triton import jit_for_any, tl
 from engine.kernels.attention_parts import (
     LOG2_E,
     find_tile,
     load_columns,
+    padded_count,
     softmax_end,
     softmax_start,
     softmax_step,
@@ -40,7 +41,7 @@ def gqa_prefill_torch(
     return out
 
 
-@jit
+@jit_for_any("num_seqs", "tables_stride")
 def _gqa_prefill_kernel(
     q_ptr: tl.tensor,  # [T, H, DIM]
     cache_ptr: tl.tensor,  # [num_blocks, BLOCK_SIZE, 2 g DIM]
@@ -115,7 +116,7 @@ def gqa_prefill_triton(
     _gqa_prefill_kernel[(-(-num_tokens // tile.rows) + num_seqs, num_heads)](
         q, cache, block_tables, cu_q, kv_lens, out, scale * LOG2_E, num_seqs, num_heads, num_kv_heads,
         q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), block_tables.stride(0),
-        DIM=dim, DIM_PADDED=pad(dim), SEQS=next_power_of_2(num_seqs), BLOCK_SIZE=cache.shape[1],
+        DIM=dim, DIM_PADDED=pad(dim), SEQS=padded_count(num_seqs), BLOCK_SIZE=cache.shape[1],
         ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out

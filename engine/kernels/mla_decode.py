@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels._triton import jit, tl
+from engine.kernels._triton import jit_for_any, tl
 from engine.kernels.attention_parts import LOG2_E, load_columns, softmax_end, softmax_start, softmax_step, store_columns
 from engine.kernels.cache import padded_rows
 from engine.kernels.split_kv import combine, num_splits, partial_results, split_range
@@ -25,14 +25,14 @@ def mla_decode_torch(
     return out.masked_fill_((kv_lens == 0)[:, None, None], 0)
 
 
-@jit
+@jit_for_any("tables_stride", "splits")
 def _mla_decode_kernel(
     q_ptr: tl.tensor,  # [B, H, RANK + ROPE]
     cache_ptr: tl.tensor,  # [num_blocks, BLOCK_SIZE, RANK + ROPE]
     tables_ptr: tl.tensor,  # int32 [B, max_blocks]
     lens_ptr: tl.tensor,  # int32 [B]
-    out_ptr: tl.tensor,  # [B, H, SPLITS, RANK]
-    lse_ptr: tl.tensor,  # fp32 [B, H, SPLITS], unused with one split
+    out_ptr: tl.tensor,  # [B, H, splits, RANK]
+    lse_ptr: tl.tensor,  # fp32 [B, H, splits], unused with one split
     scale: float,  # times log2 e
     num_heads: int,
     q_stride_b: int,
@@ -40,6 +40,7 @@ def _mla_decode_kernel(
     cache_stride_block: int,
     cache_stride_row: int,
     tables_stride: int,
+    splits: int,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     R0: tl.constexpr,  # the latent's columns in power-of-two chunks, each a tensor of its own
@@ -50,7 +51,7 @@ def _mla_decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether into more than one
     STAGES: tl.constexpr,
 ) -> None:
     WIDTH: tl.constexpr = RANK + ROPE
@@ -72,7 +73,7 @@ def _mla_decode_kernel(
         q_rope1 = load_columns(q_rows, head_mask, RANK + D0, D1, WIDTH)
     peak, total = softmax_start(HEADS)
     kv_len = tl.load(lens_ptr + b)
-    first, last = split_range(kv_len, split, TOKENS, SPLITS)
+    first, last = split_range(kv_len, split, splits, TOKENS)
 
     table_ptr = tables_ptr + b * tables_stride
     positions = first * TOKENS + tl.arange(0, TOKENS)
@@ -104,9 +105,9 @@ def _mla_decode_kernel(
             acc2 = tl.dot(weights, c2, acc2 * rescale[:, None], input_precision="ieee")
 
     factor, lse = softmax_end(peak, total)
-    results = (b * num_heads + heads) * SPLITS + split
+    results = (b * num_heads + heads) * splits + split
     written = head_mask
-    if SPLITS > 1:
+    if SPLIT:
         tl.store(lse_ptr + results, lse, mask=head_mask)
         written = head_mask & (total > 0)
     out_rows = out_ptr + results * RANK
@@ -127,7 +128,7 @@ def mla_decode_triton(
     max_kv_len: int,
     splits: int | None = None,
 ) -> Tensor:
-    """As `mla_decode`; `splits`, a power of two, is chosen from the shapes where it is None."""
+    """As `mla_decode`; `splits` is chosen from the shapes where it is None."""
     batch, num_heads, width = q.shape
     tile = mla_decode_tile(rank, width - rank, num_heads, q.element_size())
     head_blocks = -(-num_heads // tile.rows)
@@ -140,9 +141,9 @@ def mla_decode_triton(
     d0, d1 = power_of_2_chunks(width - rank, 2)
     _mla_decode_kernel[(head_blocks, splits, batch)](
         q, cache, block_tables, kv_lens, partial, lse, scale * LOG2_E, num_heads,
-        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), block_tables.stride(0),
+        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), block_tables.stride(0), splits,
         RANK=rank, ROPE=width - rank, R0=r0, R1=r1, R2=r2, D0=d0, D1=d1, BLOCK_SIZE=cache.shape[1],
-        HEADS=tile.rows, TOKENS=tile.tokens, SPLITS=splits, STAGES=tile.stages, num_warps=tile.warps,
+        HEADS=tile.rows, TOKENS=tile.tokens, SPLIT=splits > 1, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return combine(partial, lse, out)
 

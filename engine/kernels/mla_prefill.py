@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels._triton import jit, next_power_of_2, tl
+from engine.kernels._triton import jit, jit_for_any, next_power_of_2, tl
 from engine.kernels.attention_parts import (
     LOG2_E,
     find_tile,
     load_columns,
+    padded_count,
     softmax_end,
     softmax_start,
     softmax_step,
@@ -51,7 +52,7 @@ def mla_prefill_torch(
     return out, lse
 
 
-@jit
+@jit_for_any("num_seqs")
 def _mla_prefill_kernel(
     q_ptr: tl.tensor,  # [T, H, NOPE + ROPE]
     kv_ptr: tl.tensor,  # [S, H, NOPE + VALUE]
@@ -151,7 +152,7 @@ def mla_prefill_triton(
         q, kv, k_rope, cu_q, cu_k, q_starts, k_starts, out, lse, scale * LOG2_E, num_seqs, num_heads, k_rope.shape[1],
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), k_rope.stride(0), k_rope.stride(1),
         NOPE=nope_dim, NOPE_PADDED=pad(nope_dim), ROPE=rope_dim, ROPE_PADDED=pad(rope_dim),
-        VALUE=value_dim, VALUE_PADDED=pad(value_dim), SEQS=next_power_of_2(num_seqs),
+        VALUE=value_dim, VALUE_PADDED=pad(value_dim), SEQS=padded_count(num_seqs),
         ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out, lse

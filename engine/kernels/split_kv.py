@@ -9,52 +9,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels._triton import jit, next_power_of_2, tl
+from engine.kernels._triton import jit, jit_for_any, next_power_of_2, tl
 
 MIN_SPLIT_TOKENS = 256  # below this a split costs more to combine than it gains
 MAX_SPLITS = 64
 
 
 def num_splits(programs: int, max_kv_len: int, device: torch.device) -> int:
-    """A power of two: two programs per multiprocessor, no split of the longest sequence below MIN_SPLIT_TOKENS.
+    """How many: two programs per multiprocessor, no split of the longest sequence below MIN_SPLIT_TOKENS.
 
     `programs`: how many there are without splitting.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = min(2 * processors // max(1, programs), max_kv_len // MIN_SPLIT_TOKENS, MAX_SPLITS)
-    return 1 << (max(wanted, 1).bit_length() - 1)
+    return max(wanted, 1)
 
 
 @jit
-def split_range(kv_len: tl.tensor, split: tl.tensor, TOKENS: tl.constexpr, SPLITS: tl.constexpr) -> tl.tensor:
+def split_range(kv_len: tl.tensor, split: tl.tensor, splits: int, TOKENS: tl.constexpr) -> tl.tensor:
     """The tiles [first, last) of TOKENS tokens that this split attends to; short sequences leave late splits empty."""
     tiles = tl.cdiv(kv_len, TOKENS)
-    share = tl.maximum(tl.cdiv(tiles, SPLITS), 256 // TOKENS)  # MIN_SPLIT_TOKENS
+    share = tl.maximum(tl.cdiv(tiles, splits), 256 // TOKENS)  # MIN_SPLIT_TOKENS
     first = split * share
     return first, tl.minimum(first + share, tiles)
 
 
-@jit
+@jit_for_any("splits")
 def _combine_kernel(
     partial_ptr: tl.tensor,
     lse_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    splits: int,
     WIDTH: tl.constexpr,
     WIDTH_PADDED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MOST: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    lse_row = lse_ptr + row * SPLITS
-    lses = tl.load(lse_row + tl.arange(0, SPLITS))
+    lse_row = lse_ptr + row * splits
+    numbers = tl.arange(0, MOST)
+    lses = tl.load(lse_row + numbers, mask=numbers < splits, other=float("-inf"))
     peak = tl.maximum(tl.max(lses, 0), -1e30)
     total = tl.sum(tl.exp2(lses - peak), 0)
     inverse = 1.0 / tl.where(total > 0, total, 1.0)
     columns = tl.arange(0, WIDTH_PADDED)
     out = tl.zeros([WIDTH_PADDED], tl.float32)
-    for split in range(SPLITS):
+    for split in range(splits):
         lse = tl.load(lse_row + split)
         mask = columns < tl.where(lse > float("-inf"), WIDTH, 0)
-        out += tl.load(partial_ptr + (row * SPLITS + split) * WIDTH + columns, mask=mask, other=0.0) * tl.exp2(
+        out += tl.load(partial_ptr + (row * splits + split) * WIDTH + columns, mask=mask, other=0.0) * tl.exp2(
             lse - peak
         )
     tl.store(out_ptr + row * WIDTH + columns, (out * inverse).to(out_ptr.dtype.element_ty), mask=columns < WIDTH)
@@ -75,6 +77,6 @@ def combine(partial: Tensor, lse: Tensor, out: Tensor) -> Tensor:
         return out
     batch, heads, splits, width = partial.shape
     _combine_kernel[(batch * heads,)](
-        partial, lse, out, WIDTH=width, WIDTH_PADDED=next_power_of_2(width), SPLITS=splits, num_warps=1
+        partial, lse, out, splits, WIDTH=width, WIDTH_PADDED=next_power_of_2(width), MOST=MAX_SPLITS, num_warps=1
     )
     return out

@@ -82,7 +82,7 @@ def test_prefill_of_a_slice_in_half_precision(implementation):
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), min_size=1, max_size=3),
     block_size=st.sampled_from([1, 5, 16]),
 )
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 def test_any_prefill(kv_heads, group, dim, lengths, block_size):
     q_lens, kv_lens = [q for q, _ in lengths], [q + context for q, context in lengths]
     q, (cache, tables, lens), expected = case(
@@ -101,7 +101,7 @@ def test_any_prefill(kv_heads, group, dim, lengths, block_size):
     block_size=st.sampled_from([1, 5, 16]),
     splits=st.sampled_from([1, 2]),
 )
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 def test_any_decode(kv_heads, group, dim, lengths, block_size, splits):
     ones = [1] * len(lengths)
     q, (cache, tables, lens), expected = case(kv_heads * group, kv_heads, dim, ones, lengths, block_size, torch.float32)

@@ -47,7 +47,7 @@ def test_half_precision(implementation, dtype, rank, rope, heads):
     assert_near(implementation(*args), expected, dtype)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("splits", [1, 3, 8])
 def test_splits_of_ragged_sequences(splits):
     args, expected = case(64, 16, 6, [0, 5, 257, 700], 64, torch.float32)
     assert_near(mla_decode_triton(*args, splits=splits), expected, torch.float32)
@@ -89,7 +89,7 @@ def test_scores_that_overflow_exp(implementation):
     block_size=st.sampled_from([1, 7, 16, 64]),
     splits=st.sampled_from([1, 2]),
 )
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_any_shape(rank, rope, heads, lengths, block_size, splits):
     args, expected = case(rank, rope, heads, lengths, block_size, torch.float32)
     assert_near(mla_decode_triton(*args, splits=splits), expected, torch.float32)
