@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import compare
+from bench import compare, serve
 from engine.errors import EngineError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "compare", help="a converted model against its source, on the same engine", description=compare.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    compare.add_arguments(command)
-    command.set_defaults(run=compare.main)
+    for name, module, summary in (
+        ("compare", compare, "a converted model against its source, on the same engine"),
+        ("serve", serve, "load on any OpenAI-compatible server"),
+    ):
+        command = commands.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.main)
     args = parser.parse_args()
     try:
         args.run(args)
