@@ -27,32 +27,9 @@ from tqdm import tqdm
 from engine.errors import EngineError
 
 WORDS = (
-    "the", "a", "cat", "dog", "boat", "tree", "sun", "rain", "went", "saw", "took", "small", "big", "red", "old", "happy",
-    "quick", "over", "under", "with", "and", "then",
+    "the", "a", "cat", "dog", "boat", "tree", "sun", "rain", "went", "saw", "took", "small", "big", "red", "old",
+    "happy", "quick", "over", "under", "with", "and", "then",
 )  # fmt: skip
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "boat",
-    "tree",
-    "sun",
-    "rain",
-    "went",
-    "saw",
-    "took",
-    "small",
-    "big",
-    "red",
-    "old",
-    "happy",
-    "quick",
-    "over",
-    "under",
-    "with",
-    "and",
-    "then",
-]
 
 
 @dataclass
