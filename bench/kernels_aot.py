@@ -98,14 +98,14 @@ def argument_types(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.args[parameter.name]
-        special = isinstance(value, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or (special and value == 1):  # a 1 becomes a constant, too
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):  # a 1 becomes a constant, too
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = mangle_type(value) if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or (special and value % 16 == 0):
+            if special and (isinstance(value, Tensor) or value % 16 == 0):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 

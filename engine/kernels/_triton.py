@@ -23,12 +23,13 @@ def jit(kernel: Callable[..., object]) -> Any:  # noqa: ANN401
     return kernel if triton is None else triton.jit(kernel)
 
 
-def jit_for_any(*integers: str) -> Callable[[Callable[..., object]], Any]:
+def jit_for_any(*arguments: str) -> Callable[[Callable[..., object]], Any]:
     """`jit`, compiled once for all values of these arguments, which change from step to step.
 
-    Of others Triton compiles variants, for 1 and for multiples of 16: a stall of seconds when a server first meets one.
+    Of others Triton compiles variants, for integers that are 1 or a multiple of 16 and for pointers that are aligned: a
+    stall of seconds when a server first meets one.
     """
-    return lambda kernel: kernel if triton is None else triton.jit(kernel, do_not_specialize=list(integers))
+    return lambda kernel: kernel if triton is None else triton.jit(kernel, do_not_specialize=list(arguments))
 
 
 def next_power_of_2(n: int) -> int:

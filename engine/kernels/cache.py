@@ -60,7 +60,7 @@ def cache_gather_torch(cache: Tensor, block_tables: Tensor, starts: Tensor, cu_r
     return cache.view(-1, cache.shape[-1])[blocks * block_size + within % block_size]
 
 
-@jit_for_any("total", "num_seqs", "tables_stride")
+@jit_for_any("tables_ptr", "starts_ptr", "cu_rows_ptr", "total", "num_seqs", "tables_stride")
 def _gather_kernel(
     cache_ptr: tl.tensor,  # [num_blocks, BLOCK_SIZE, WIDTH]
     tables_ptr: tl.tensor,  # int32 [B, max_blocks]

@@ -31,7 +31,7 @@ def gqa_decode_torch(
     return out if padding is None else out.masked_fill_((kv_lens == 0)[:, None, None], 0)
 
 
-@jit_for_any("tables_stride", "splits")
+@jit_for_any("tables_ptr", "lens_ptr", "tables_stride", "splits")
 def _gqa_decode_kernel(
     q_ptr: tl.tensor,  # [B, H, DIM]
     cache_ptr: tl.tensor,  # [num_blocks, BLOCK_SIZE, 2 g DIM]

@@ -41,7 +41,7 @@ def gqa_prefill_torch(
     return out
 
 
-@jit_for_any("num_seqs", "tables_stride")
+@jit_for_any("tables_ptr", "cu_q_ptr", "lens_ptr", "num_seqs", "tables_stride")
 def _gqa_prefill_kernel(
     q_ptr: tl.tensor,  # [T, H, DIM]
     cache_ptr: tl.tensor,  # [num_blocks, BLOCK_SIZE, 2 g DIM]

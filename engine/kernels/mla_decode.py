@@ -25,7 +25,7 @@ def mla_decode_torch(
     return out.masked_fill_((kv_lens == 0)[:, None, None], 0)
 
 
-@jit_for_any("tables_stride", "splits")
+@jit_for_any("tables_ptr", "lens_ptr", "tables_stride", "splits")
 def _mla_decode_kernel(
     q_ptr: tl.tensor,  # [B, H, RANK + ROPE]
     cache_ptr: tl.tensor,  # [num_blocks, BLOCK_SIZE, RANK + ROPE]

@@ -52,7 +52,7 @@ def mla_prefill_torch(
     return out, lse
 
 
-@jit_for_any("num_seqs")
+@jit_for_any("cu_q_ptr", "cu_k_ptr", "q_starts_ptr", "k_starts_ptr", "num_seqs")
 def _mla_prefill_kernel(
     q_ptr: tl.tensor,  # [T, H, NOPE + ROPE]
     kv_ptr: tl.tensor,  # [S, H, NOPE + VALUE]

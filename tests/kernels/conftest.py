@@ -13,9 +13,10 @@ def interpreter(monkeypatch):
     triton = pytest.importorskip("triton", reason="there is no Triton for this platform")
     if DEVICE == "cpu":
         assert triton.knobs.runtime.interpret, "tests/conftest.py sets TRITON_INTERPRET before triton is imported"
-        from .interpreter import install_bfloat16
+        from .interpreter import install_bfloat16, install_single_patching
 
         install_bfloat16(monkeypatch)
+        install_single_patching(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
