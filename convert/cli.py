@@ -12,7 +12,7 @@ import torch
 
 from convert.conversion import CALIBRATION_TOKENS, ConversionRequest, convert
 from convert.evaluate import DEFAULT_WINDOW, EvaluationRequest, evaluate
-from convert.plan import DEFAULT_CACHE_RATIO, METHODS, MethodRequest
+from convert.plan import DEFAULT_CACHE_RATIO, DEFAULT_METHOD, METHODS, MethodRequest
 from convert.report import check_json_target, conversion_summary, evaluation_summary, write_json
 from engine.errors import EngineError
 from engine.model.load import DTYPES
@@ -83,7 +83,7 @@ def convert_parser() -> argparse.ArgumentParser:
         description="Convert a model with grouped-query attention (GQA) to multi-head latent attention (MLA).\n"
         "Its cache then holds, per token and layer, one latent of --kv-lora-rank numbers and one rotated key\n"
         "of --qk-rope-head-dim numbers that all heads share, in place of every KV head's key and value.",
-        epilog="methods:\n" + "\n".join(f"  {name:10} {text}" for name, text in METHODS.items()) + "\n\nexamples:\n"
+        epilog="methods:\n" + "\n".join(f"  {name:11} {text}" for name, text in METHODS.items()) + "\n\nexamples:\n"
         "  python -m convert --model ./llama --out ./mla --cache-ratio 0.28 --calibration book.txt\n"
         "  python -m convert --model ./llama --out ./mla --kv-lora-rank 448 --qk-rope-head-dim 128\n"
         "  python -m convert evaluate --model ./mla --reference ./llama --text other.txt\n"
@@ -92,7 +92,7 @@ def convert_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="SRC", help="folder of the GQA checkpoint (Hugging Face layout)")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; it appears only once it is complete")
-    add("--method", choices=METHODS, default="transmla", help="see below (default: %(default)s)")
+    add("--method", choices=METHODS, default=DEFAULT_METHOD, help="see below (default: %(default)s)")
     size = parser.add_argument_group("size of the cache (one of the two; more is better quality)")
     size.add_argument(
         "--cache-ratio", type=float, metavar="X",

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from convert.plan import Candidate
 from convert.quality import Comparison, relative_error
-from convert.statistics import collect
 from convert.stream import Stream
 from engine.checkpoint import Checkpoint
 from engine.kernels.norm import rms_norm
@@ -74,9 +73,11 @@ def sweep(
         as_stored = layer
         if any(t.dtype != precision.stored for t in raw.values()):
             as_stored = Layer(spec, source.spec.norm_eps, precision.load(precision.store(raw)))
-        statistics = collect(spec.attention, attention, fit_stream.inputs(layer))
-        for i, (candidate, stream) in enumerate(zip(candidates, own_streams, strict=True)):
-            mla, made = candidate.layers[index](spec.attention, attention, statistics)
+        methods = [candidate.layers[index] for candidate in candidates]
+        learnt = {collect: collect(spec.attention, attention, fit_stream.windows(layer))
+                  for collect in dict.fromkeys(method.collect for method in methods)}  # fmt: skip
+        for i, (method, stream) in enumerate(zip(methods, own_streams, strict=True)):
+            mla, made = method.convert(spec.attention, attention, learnt[method.collect])
             made = precision.store(made)
             converted = _with_attention(as_stored, mla, precision.load(made))
             if i == 0 and sink is not None:

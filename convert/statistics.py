@@ -26,15 +26,15 @@ class LayerStatistics:
 
 
 def collect(spec: GQASpec, tensors: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> LayerStatistics:
-    """`tensors`: the attention's (`k_proj.weight`, ...); `inputs`: what it sees, normed, [T, hidden] each."""
+    """`tensors`: the attention's (`k_proj.weight`, ...); `inputs`: what it sees, normed, [..., hidden]."""
     weight = torch.cat((tensors["k_proj.weight"], tensors["v_proj.weight"]))  # [2 g D, hidden]
     bias = torch.cat((tensors["k_proj.bias"], tensors["v_proj.bias"])) if spec.qkv_bias else None
     moment = torch.zeros(len(weight), len(weight), dtype=torch.float64, device=weight.device)
     tokens = 0
     for x in inputs:
-        kv = F.linear(x, weight, bias).double()  # [T, 2 g D]
+        kv = F.linear(x.flatten(0, -2), weight, bias).double()  # [T, 2 g D]
         moment.addmm_(kv.T, kv)
-        tokens += len(x)
+        tokens += len(kv)
     if not torch.isfinite(moment).all():
         raise ConversionError("the source model computes keys or values that are not finite: its weights are damaged")
     return LayerStatistics(tokens, moment / tokens)

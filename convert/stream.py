@@ -61,6 +61,11 @@ class Stream:
         for chunk in self.chunks:
             yield rms_norm(chunk.x, layer.attention_norm, layer.eps)
 
+    def windows(self, layer: Layer) -> Iterator[Tensor]:
+        """`inputs`, window by window: [windows, length, hidden]."""
+        for chunk, normed in zip(self.chunks, self.inputs(layer), strict=True):
+            yield normed.unflatten(0, (chunk.num_windows, chunk.length))
+
     def attended(self, layer: Layer) -> Iterator[Tensor]:
         """What the layer's attention adds to the residual stream: [T, hidden], chunk by chunk."""
         cache = self._cache(layer)

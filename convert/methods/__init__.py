@@ -1,19 +1,34 @@
 """Conversion methods, one file each: pure functions from one GQA layer to one MLA layer.
 
-A method reads a GQASpec, that layer's attention tensors (named as in the checkpoint, without
-`model.layers.<i>.self_attn.`), the layer's calibration statistics and its own options. It gives an MLASpec and MLA
-tensors under DeepSeek's names, in float64 or in the source's dtype. It reads no file and knows no other layer.
+A method has two halves. `collect` learns what it needs of a source layer from the calibration text. `convert` reads a
+GQASpec, that layer's attention tensors (named as in the checkpoint, without `model.layers.<i>.self_attn.`) and what was
+learnt, and gives an MLASpec and MLA tensors under DeepSeek's names, in float64 or in the source's dtype. Neither
+reads a file or knows another layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from convert.statistics import LayerStatistics
 from engine.spec import GQASpec, MLASpec
 
+Learnt = TypeVar("Learnt")
 ConvertedLayer = tuple[MLASpec, dict[str, Tensor]]
-LayerMethod = Callable[[GQASpec, Mapping[str, Tensor], LayerStatistics], ConvertedLayer]
-"""A method with its options for one layer bound."""
+
+
+@dataclass(frozen=True)
+class LayerMethod(Generic[Learnt]):
+    """A method with its options for one layer bound."""
+
+    # Of the layer's spec and tensors, and what its projections see: normed [windows, length, hidden], part by part.
+    # Candidates that share it share its result.
+    collect: Callable[[GQASpec, Mapping[str, Tensor], Iterable[Tensor]], Learnt]
+    convert: Callable[[GQASpec, Mapping[str, Tensor], Learnt], ConvertedLayer]
+
+
+def learn_nothing(_spec: GQASpec, _tensors: Mapping[str, Tensor], _inputs: Iterable[Tensor]) -> None:
+    """`collect` of a method that needs no statistics."""

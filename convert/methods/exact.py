@@ -15,7 +15,7 @@ from convert.methods import ConvertedLayer
 from engine.spec import GQASpec, MLASpec, RopeSpec
 
 
-def convert_layer(spec: GQASpec, tensors: Mapping[str, Tensor], _statistics: object = None) -> ConvertedLayer:
+def convert_layer(spec: GQASpec, tensors: Mapping[str, Tensor], _learnt: object = None) -> ConvertedLayer:
     """Exact but for the order of floating-point sums, whatever the statistics."""
     groups, width = spec.num_kv_heads, spec.num_kv_heads * spec.head_dim
     mla = MLASpec(

@@ -70,15 +70,15 @@ def test_ratio_out_of_range(ratio: float) -> None:
 
 def test_candidates_of_transmla() -> None:
     spec = model(gqa(2, 64), gqa(2, 64))
-    tried = candidates(spec, MethodRequest(cache_ratio=0.5))
+    tried = candidates(spec, MethodRequest("transmla", cache_ratio=0.5))
     assert [c.options for c in tried] == [{"freqfold": f} for f in (1, 2, 4, 8)]
     assert all(len(c.layers) == 2 for c in tried)
-    assert [c.options for c in candidates(spec, MethodRequest(freqfold=32))] == [{"freqfold": 32}]
+    assert [c.options for c in candidates(spec, MethodRequest("transmla", freqfold=32))] == [{"freqfold": 32}]
 
 
 def test_layers_may_differ() -> None:
     spec = model(gqa(2, 64), gqa(4, 16))
-    tried = candidates(spec, MethodRequest(cache_ratio=0.5))
+    tried = candidates(spec, MethodRequest("transmla", cache_ratio=0.5))
     assert [c.options for c in tried] == [{"freqfold": f} for f in (1, 2, 4, 8)]
     with pytest.raises(ConversionError, match="--freqfold 32 does not fit"):
-        candidates(spec, MethodRequest(freqfold=32))
+        candidates(spec, MethodRequest("transmla", freqfold=32))

@@ -1,0 +1,150 @@
+"""What score-aware conversion learns about a layer: keys, queries and values as its own attention uses them.
+
+An error e in the score of query t and key s of head h changes what the layer adds to the residual stream by
+`a W_o[h] (v_s - o_t) e`, with a the attention weight, o_t = sum_s a v_s. Its squared length for e = 1 is the
+*sensitivity* w[h, t, s] = a^2 |W_o[h] (v_s - o_t)|^2, and everything about queries and keys is weighted by it. Values
+are counted as they arrive in the output: mixed by the attention weights.
+
+Invariant: sums over tokens are float64; attention matrices exist for at most BLOCK_ELEMENTS weights at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convert.errors import ConversionError
+from engine.kernels.rope import rope_table
+from engine.spec import GQASpec
+
+BLOCK_ELEMENTS = 1 << 24  # attention weights of one block of queries, over all heads: 64 MiB in fp32
+
+
+@dataclass(frozen=True)
+class AttentionStatistics:
+    """Of one source layer over T `tokens`, before any rotation, biases included; kv is [k; v], head after head.
+
+    H query heads, g KV heads of D channels, f = D/2 frequencies.
+    """
+
+    tokens: int
+    query_moment: Tensor  # float64 [H, D, D]: sum_ts w q q^T / T
+    kv_mean: Tensor  # float64 [2 g D]: sum_hts w kv_s / sum w
+    kv_moment: Tensor  # float64 [2 g D, 2 g D]: sum_hts w kv_s kv_s^T / sum w
+    mixed_mean: Tensor  # float64 [H, 2 g D]: mean over t of sum_s a kv_s
+    mixed_moment: Tensor  # float64 [2 g D, 2 g D]: of sum_s a kv_s, mean over t and h
+    rotation: Tensor  # complex128 [H, f]: mean of exp(i theta_f (t - s)), by w |q_t|^2 |k_s|^2 of the pair at f
+
+
+def collect_attention(spec: GQASpec, tensors: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> AttentionStatistics:
+    """`tensors`: the attention's (`q_proj.weight`, ...); `inputs`: what it sees, normed, [windows, length, hidden].
+
+    Raises ConversionError where the layer computes what is not finite.
+    """
+    sums = _Sums(spec, tensors)
+    for windows in inputs:
+        for window in windows:
+            sums.add(window)
+    return sums.statistics()
+
+
+def pairs(x: Tensor, layout: str) -> Tensor:
+    """[..., D] -> complex [..., D/2]: the channels of each rotated pair as one number."""
+    if layout == "half":
+        return torch.complex(*x.chunk(2, -1))
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+
+
+class _Sums:
+    def __init__(self, spec: GQASpec, tensors: Mapping[str, Tensor]) -> None:
+        heads, dim = spec.num_heads, spec.head_dim
+        self.spec = spec
+        self.weight = torch.cat([tensors[f"{n}_proj.weight"] for n in "qkv"])  # [(H + 2 g) D, hidden]
+        self.bias = torch.cat([tensors[f"{n}_proj.bias"] for n in "qkv"]) if spec.qkv_bias else None
+        out = tensors["o_proj.weight"].unflatten(1, (heads, dim)).transpose(0, 1)  # [H, hidden, D]
+        self.metric = out.mT @ out  # [H, D, D]: |W_o[h] v|^2 = v^T metric v
+        self.group_of_head = torch.arange(heads, device=out.device) * spec.num_kv_heads // heads
+        self.inv_freq = torch.tensor([spec.rope.inv_freq], dtype=torch.float64, device=out.device)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=out.device)
+
+        width = spec.cache_width
+        self.tokens = 0
+        self.query, self.sensitivity = zeros(heads, dim, dim), zeros()
+        self.kv_first, self.kv_second = zeros(width), zeros(width, width)
+        self.mixed_first, self.mixed_second = zeros(heads, width), zeros(width, width)
+        self.turned, self.energy = zeros(heads, dim // 2, 2), zeros(heads, dim // 2)
+
+    def add(self, x: Tensor) -> None:
+        """One window [T, hidden], from position 0."""
+        heads, groups, length = self.spec.num_heads, self.spec.num_kv_heads, len(x)
+        qkv = F.linear(x, self.weight, self.bias)
+        q, kv = qkv.split((heads * self.spec.head_dim, self.spec.cache_width), 1)
+        q = q.unflatten(1, (heads, -1)).transpose(0, 1)  # [H, T, D]
+        k, v = kv.unflatten(1, (2, groups, -1)).permute(1, 2, 0, 3)[:, self.group_of_head]  # [H, T, D] each
+        turn = torch.view_as_complex(rope_table(torch.arange(length, device=x.device), self.inv_freq)[:, 0])  # [T, f]
+        weight_of_key = torch.zeros(length, dtype=torch.float64, device=x.device)
+        step = max(1, BLOCK_ELEMENTS // (heads * length))
+        for start in range(0, length, step):
+            rows = slice(start, min(start + step, length))
+            w = self._add_queries(rows, q[:, rows], k, v, kv, turn)
+            weight_of_key += w.sum((0, 1), dtype=torch.float64)
+        self.tokens += length
+        wide = kv.double()
+        self.sensitivity += weight_of_key.sum()
+        self.kv_first += weight_of_key @ wide
+        self.kv_second += (wide * weight_of_key[:, None]).T @ wide
+
+    def _add_queries(self, rows: slice, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, turn: Tensor) -> Tensor:
+        """-> the sensitivities [H, R, T] of queries q [H, R, D] at positions `rows` to k, v [H, T, D]."""
+        layout, scale = self.spec.rope.layout, self.spec.softmax_scale * self.spec.rope.scale**2
+        qc, kc = pairs(q, layout), pairs(k, layout)
+        scores = _real(qc * turn[rows]) @ _real(kc * turn).mT * scale
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(rows.start + 1)
+        a = scores.masked_fill_(hidden, -math.inf).softmax(-1)  # [H, R, T]
+        mixed = a @ kv  # [H, R, 2 g D]
+        out = a @ v  # [H, R, D]
+        seen, made = v @ self.metric, out @ self.metric
+        square = (seen * v).sum(-1)[:, None] - 2 * made @ v.mT + (made * out).sum(-1)[..., None]
+        w = a.square() * square.clamp_min_(0)
+        self.query += ((q * w.sum(-1, keepdim=True)).mT @ q).double()
+        self.mixed_first += mixed.sum(1, dtype=torch.float64)
+        flat = mixed.flatten(0, 1).double()
+        self.mixed_second.addmm_(flat.T, flat)
+        key_energy = kc.abs().square()  # [H, T, f]
+        back = w @ torch.cat((_real(key_energy * turn.conj()), key_energy), -1)  # [H, R, 3 f]
+        met = back * qc.abs().square().repeat(1, 1, 3)
+        real, imaginary, energy = met.unflatten(-1, (3, -1)).unbind(2)
+        self.turned += torch.view_as_real(torch.complex(real, imaginary) * turn[rows]).sum(1, dtype=torch.float64)
+        self.energy += energy.sum(1, dtype=torch.float64)
+        return w
+
+    def statistics(self) -> AttentionStatistics:
+        tiny = torch.finfo(torch.float64).tiny
+        total = self.sensitivity.clamp_min(tiny)
+        # A head that nothing passes through turns by nothing.
+        turned = torch.where(self.energy[..., None] > 0, self.turned, torch.tensor((1.0, 0.0)).to(self.turned))
+        result = AttentionStatistics(
+            tokens=self.tokens,
+            query_moment=self.query / self.tokens,
+            kv_mean=self.kv_first / total,
+            kv_moment=self.kv_second / total,
+            mixed_mean=self.mixed_first / self.tokens,
+            mixed_moment=self.mixed_second / (self.tokens * self.spec.num_heads),
+            rotation=torch.view_as_complex(turned / torch.where(self.energy > 0, self.energy, 1.0)[..., None]),
+        )
+        for value in (self.query, self.kv_second, self.mixed_second, self.turned):
+            if not torch.isfinite(value).all():
+                raise ConversionError("the source model computes attention that is not finite: its weights are damaged")
+        return result
+
+
+def _real(x: Tensor) -> Tensor:
+    """complex [..., f] -> [..., 2 f]: real parts, then imaginary parts."""
+    return torch.cat((x.real, x.imag), -1)
