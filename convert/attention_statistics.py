@@ -38,7 +38,7 @@ class AttentionStatistics:
     kv_moment: Tensor  # float64 [2 g D, 2 g D]: sum_hts w kv_s kv_s^T / sum w
     mixed_mean: Tensor  # float64 [H, 2 g D]: mean over t of sum_s a kv_s
     mixed_moment: Tensor  # float64 [2 g D, 2 g D]: of sum_s a kv_s, mean over t and h
-    rotation: Tensor  # complex128 [H, f]: mean of exp(i theta_f (t - s)), by w |q_t|^2 |k_s|^2 of the pair at f
+    rotation: Tensor  # complex128 [H, f]: mean of exp(i theta_f (t - s)), by w |q_t|^2 of the pair at f
 
 
 def collect_attention(spec: GQASpec, tensors: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> AttentionStatistics:
@@ -117,11 +117,12 @@ class _Sums:
         self.mixed_first += mixed.sum(1, dtype=torch.float64)
         flat = mixed.flatten(0, 1).double()
         self.mixed_second.addmm_(flat.T, flat)
-        key_energy = kc.abs().square()  # [H, T, f]
-        back = w @ torch.cat((_real(key_energy * turn.conj()), key_energy), -1)  # [H, R, 3 f]
-        met = back * qc.abs().square().repeat(1, 1, 3)
-        real, imaginary, energy = met.unflatten(-1, (3, -1)).unbind(2)
-        self.turned += torch.view_as_real(torch.complex(real, imaginary) * turn[rows]).sum(1, dtype=torch.float64)
+        rows_sum = w.sum(-1, keepdim=True)  # [H, R, 1]
+        energy = qc.abs().square() * rows_sum  # [H, R, f]
+        back = torch.view_as_complex(
+            (w @ torch.cat((turn.real, -turn.imag), -1)).unflatten(-1, (2, -1)).mT.contiguous()
+        )
+        self.turned += torch.view_as_real(back * turn[rows] * qc.abs().square()).sum(1, dtype=torch.float64)
         self.energy += energy.sum(1, dtype=torch.float64)
         return w
 

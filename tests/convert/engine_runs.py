@@ -15,7 +15,9 @@ from engine.messages import Request
 from engine.model.batch import Batch
 from engine.model.load import load_model
 from engine.sampling_params import SamplingParams
+from tests.convert.plain_mla import PlainMLA
 
+TOLERANCE = 1e-4
 TIE = 1e-4  # two logits this close may come out in either order
 
 
@@ -41,6 +43,13 @@ def decode_logits(folder: Path, token_ids: list[int]) -> Tensor:
         batch = Batch.build(start, count, table, 16)
         out.append(model.logits(model.forward(torch.tensor([token]), batch, cache)))
     return torch.cat(out)
+
+
+def assert_engine_is_plain(folder: Path, ids: list[int]) -> None:
+    expected = PlainMLA(folder).logits(ids)
+    assert expected.std() > 0.1
+    for logits in (prefill_logits(folder, ids), decode_logits(folder, ids)):
+        torch.testing.assert_close(logits.double(), expected, rtol=0, atol=TOLERANCE)
 
 
 def greedy(folder: Path, prompt: list[int], count: int) -> list[int]:

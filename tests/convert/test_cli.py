@@ -52,11 +52,11 @@ def test_convert_on_sampled_text_then_evaluate(
     assert {key: report[key] for key in record} == record
     assert record["source"] == "source"
     assert str(tmp_path) not in json.dumps(record)
-    assert record["method"] == "transmla"
+    assert record["method"] == "score-aware"
     assert record["calibration"]["source"] == "sampled from the source model"
     assert len(record["quality"]["attention_errors"]) == 2
     best = min(record["trials"], key=lambda trial: trial["kl"])
-    assert record["options"]["freqfold"] == best["freqfold"]
+    assert record["options"]["sizes"] == best["sizes"]
     assert record["cache_bytes_per_token"] * 2 == record["source_cache_bytes_per_token"]
     spec = open_checkpoint(out).spec
     assert spec.cache_bytes_per_token(4) == record["cache_bytes_per_token"]
@@ -119,7 +119,7 @@ def test_same_seed_same_files(tmp_path: Path, source: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_of_the_output(tmp_path: Path, source: Path, text: Path, dtype: str) -> None:
     out = tmp_path / "out"
-    arguments = ["--model", str(source), "--out", str(out), "--calibration", str(text), "--freqfold", "1"]
+    arguments = ["--model", str(source), "--out", str(out), "--calibration", str(text)]
     assert main([*arguments, "--dtype", dtype]) == 0
     assert {str(t.dtype) for t in load_file(out / "model.safetensors").values()} == {f"torch.{dtype}"}
     record = json.loads((out / "conversion.json").read_text())
@@ -137,6 +137,7 @@ def test_too_little_text_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert said == bool(json.loads((tmp_path / "out" / "conversion.json").read_text())["warnings"]) == expected
 
 
+TRANSMLA = ("--method", "transmla")
 CONVERT_ERRORS: dict[str, tuple[list[str], str]] = {
     "ratio above 1": (["--cache-ratio", "1.5"], "--cache-ratio 1.5 is out of range"),
     "ratio 0": (["--cache-ratio", "0"], "--cache-ratio 0 is out of range"),
@@ -144,11 +145,15 @@ CONVERT_ERRORS: dict[str, tuple[list[str], str]] = {
     "rank alone": (["--kv-lora-rank", "8"], "go together"),
     "rope alone": (["--qk-rope-head-dim", "4"], "go together"),
     "ratio and rank": (["--cache-ratio", ".5", "--kv-lora-rank", "8", "--qk-rope-head-dim", "4"], "not both"),
-    "rope dim no divisor": (["--kv-lora-rank", "8", "--qk-rope-head-dim", "8"], "must be even and divide 12"),
-    "odd rope dim": (["--kv-lora-rank", "8", "--qk-rope-head-dim", "3"], "must be even and divide 12"),
+    "rope dim no divisor": (
+        [*TRANSMLA, "--kv-lora-rank", "8", "--qk-rope-head-dim", "8"],
+        "must be even and divide 12",
+    ),
+    "odd rope dim": (["--kv-lora-rank", "8", "--qk-rope-head-dim", "3"], "must be even, between 2 and the 24"),
     "negative rank": (["--kv-lora-rank", "-1", "--qk-rope-head-dim", "4"], "--kv-lora-rank -1 is out of range"),
     "rank too large": (["--kv-lora-rank", "45", "--qk-rope-head-dim", "4"], "between 1 and 44"),
-    "freqfold": (["--freqfold", "4"], "--freqfold 4 does not fit"),
+    "freqfold": ([*TRANSMLA, "--freqfold", "4"], "--freqfold 4 does not fit"),
+    "freqfold of another method": (["--freqfold", "4"], "--freqfold is an option of --method transmla"),
     "exact with a ratio": (["--method", "exact", "--cache-ratio", "0.5"], "as large as the source's"),
     "exact with a freqfold": (["--method", "exact", "--freqfold", "2"], "as large as the source's"),
     "few tokens": (["--calibration-tokens", "3"], "--calibration-tokens 3 is too few"),

@@ -18,8 +18,8 @@ from engine.checkpoint import open_checkpoint
 from engine.spec import GQASpec, RopeSpec
 from engine.tokenizer import Tokenizer
 from tests.conftest import shared
-from tests.convert.engine_runs import decode_logits, prefill_logits
-from tests.convert.plain_mla import PlainMLA, rotate
+from tests.convert.engine_runs import assert_engine_is_plain, decode_logits, prefill_logits
+from tests.convert.plain_mla import rotate
 from tests.convert.sources import make_source, oracle, write_text
 
 TOLERANCE = 1e-4
@@ -214,13 +214,6 @@ def test_engine_on_shared_models(tmp_path: Path, shared_model: Path, ratio: str)
     element = 4 if spec.dtype == "float32" else 2
     cached = json.loads((out / "conversion.json").read_text())["cache_bytes_per_token"]
     assert cached == sum(a.kv_lora_rank + a.qk_rope_head_dim for a in attention) * element
-
-
-def assert_engine_is_plain(folder: Path, ids: list[int]) -> None:
-    expected = PlainMLA(folder).logits(ids)
-    assert expected.std() > 0.1
-    for logits in (prefill_logits(folder, ids), decode_logits(folder, ids)):
-        torch.testing.assert_close(logits.double(), expected, rtol=0, atol=TOLERANCE)
 
 
 SCALINGS: dict[str, dict[str, Any]] = {
