@@ -79,7 +79,8 @@ class _Sums:
         self.query, self.sensitivity = zeros(heads, dim, dim), zeros()
         self.kv_first, self.kv_second = zeros(width), zeros(width, width)
         self.mixed_first, self.mixed_second = zeros(heads, width), zeros(width, width)
-        self.turned, self.energy = zeros(heads, dim // 2, 2), zeros(heads, dim // 2)
+        self.energy = zeros(heads, dim // 2)
+        self.turned = torch.complex(self.energy, self.energy)
 
     def add(self, x: Tensor) -> None:
         """One window [T, hidden], from position 0."""
@@ -88,7 +89,8 @@ class _Sums:
         q, kv = qkv.split((heads * self.spec.head_dim, self.spec.cache_width), 1)
         q = q.unflatten(1, (heads, -1)).transpose(0, 1)  # [H, T, D]
         k, v = kv.unflatten(1, (2, groups, -1)).permute(1, 2, 0, 3)[:, self.group_of_head]  # [H, T, D] each
-        turn = torch.view_as_complex(rope_table(torch.arange(length, device=x.device), self.inv_freq)[:, 0])  # [T, f]
+        turn = torch.view_as_complex(rope_table(torch.arange(length, device=x.device), self.inv_freq)[:, 0])
+        turn = turn.to(x.dtype.to_complex())  # [T, f]
         weight_of_key = torch.zeros(length, dtype=torch.float64, device=x.device)
         step = max(1, BLOCK_ELEMENTS // (heads * length))
         for start in range(0, length, step):
@@ -117,20 +119,15 @@ class _Sums:
         self.mixed_first += mixed.sum(1, dtype=torch.float64)
         flat = mixed.flatten(0, 1).double()
         self.mixed_second.addmm_(flat.T, flat)
-        rows_sum = w.sum(-1, keepdim=True)  # [H, R, 1]
-        energy = qc.abs().square() * rows_sum  # [H, R, f]
-        back = torch.view_as_complex(
-            (w @ torch.cat((turn.real, -turn.imag), -1)).unflatten(-1, (2, -1)).mT.contiguous()
-        )
-        self.turned += torch.view_as_real(back * turn[rows] * qc.abs().square()).sum(1, dtype=torch.float64)
-        self.energy += energy.sum(1, dtype=torch.float64)
+        energy = qc.abs().square()  # [H, R, f]
+        back = torch.complex(w @ turn.real, -(w @ turn.imag))  # sum_s w exp(-i theta_f s)
+        self.turned += (back * turn[rows] * energy).sum(1, dtype=torch.complex128)
+        self.energy += (w.sum(-1, keepdim=True) * energy).sum(1, dtype=torch.float64)
         return w
 
     def statistics(self) -> AttentionStatistics:
         tiny = torch.finfo(torch.float64).tiny
         total = self.sensitivity.clamp_min(tiny)
-        # A head that nothing passes through turns by nothing.
-        turned = torch.where(self.energy[..., None] > 0, self.turned, torch.tensor((1.0, 0.0)).to(self.turned))
         result = AttentionStatistics(
             tokens=self.tokens,
             query_moment=self.query / self.tokens,
@@ -138,7 +135,7 @@ class _Sums:
             kv_moment=self.kv_second / total,
             mixed_mean=self.mixed_first / self.tokens,
             mixed_moment=self.mixed_second / (self.tokens * self.spec.num_heads),
-            rotation=torch.view_as_complex(turned / torch.where(self.energy > 0, self.energy, 1.0)[..., None]),
+            rotation=torch.where(self.energy > 0, self.turned / self.energy.clamp_min(tiny), 1.0),  # a dead head: none
         )
         for value in (self.query, self.kv_second, self.mixed_second, self.turned):
             if not torch.isfinite(value).all():
