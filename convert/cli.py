@@ -100,7 +100,10 @@ def convert_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     size.add_argument("--kv-lora-rank", type=int, metavar="R", help="numbers in the latent")
     size.add_argument(
-        "--qk-rope-head-dim", type=int, metavar="DR", help="numbers in the shared rotated key; divides the head size"
+        "--qk-rope-head-dim",
+        type=int,
+        metavar="DR",
+        help="numbers in the shared rotated key; transmla: a divisor of the head size",
     )
     size.add_argument(
         "--freqfold", type=_freqfold, default=None, metavar="F|auto",

@@ -1,4 +1,4 @@
-"""What a conversion method learns about a layer from the calibration text.
+"""What TransMLA learns about a layer from the calibration text.
 
 Invariant: keys and values are counted as the source model projects them, biases included, before any rotation; sums
 are float64 whatever the model runs in.
