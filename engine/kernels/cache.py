@@ -1,7 +1,7 @@
 """Writing rows into the block cache, and gathering a sequence's rows out of it.
 
-One layer's cache is [num_blocks, block_size, width], contiguous; a token's slot is block * block_size + offset. What a row means is
-the attention's business: [latent | rope keys] for MLA, [keys | values] for GQA.
+One layer's cache is [num_blocks, block_size, width], contiguous; a token's slot is block * block_size + offset. What a
+row means is the attention's business: [latent | rope keys] for MLA, [keys | values] for GQA.
 """
 
 from __future__ import annotations
