@@ -38,6 +38,39 @@ def load_columns(
 
 
 @jit
+def block_numbers(
+    table_ptr: tl.tensor, start: tl.tensor, kv_len: tl.tensor, TOKENS: tl.constexpr, BLOCK_SIZE: tl.constexpr
+) -> tl.tensor:
+    """The blocks of a sequence's tokens [start, start + TOKENS): one number where a tile lies within a block.
+
+    Loops ask for the next tile's while they work on this one: a load that waited for a load would not be pipelined, and
+    the cache rows behind it not be prefetched.
+    """
+    if BLOCK_SIZE % TOKENS == 0:
+        return tl.load(table_ptr + start // BLOCK_SIZE, mask=start < kv_len, other=0)
+    else:
+        positions = start + tl.arange(0, TOKENS)
+        return tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+
+
+@jit
+def cache_rows(
+    cache_ptr: tl.tensor,
+    blocks: tl.tensor,
+    start: tl.tensor,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+) -> tl.tensor:
+    """Pointers to the rows of tokens [start, start + TOKENS), which lie in `blocks`; a row is WIDTH numbers."""
+    if BLOCK_SIZE % TOKENS == 0:
+        within = start % BLOCK_SIZE + tl.arange(0, TOKENS)
+    else:
+        within = (start + tl.arange(0, TOKENS)) % BLOCK_SIZE
+    return cache_ptr + (blocks.to(tl.int64) * BLOCK_SIZE + within) * WIDTH
+
+
+@jit
 def store_columns(
     rows: tl.tensor,
     row_mask: tl.tensor,

@@ -1,7 +1,7 @@
 """Writing rows into the block cache, and gathering a sequence's rows out of it.
 
-One layer's cache is [num_blocks, block_size, width]; a token's slot is block * block_size + offset. What a row means is
-the attention's business: [latent | rope keys] for MLA, [keys | values] for GQA.
+One layer's cache is [num_blocks, block_size, width], contiguous; a token's slot is block * block_size + offset. What a
+row means is the attention's business: [latent | rope keys] for MLA, [keys | values] for GQA.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def cache_write_triton(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
 
 
 def cache_write(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
-    """rows [T, width] (any row stride) -> cache[slots]; slots int64 [T], distinct; cache contiguous."""
+    """rows [T, width] (any row stride) -> cache[slots]; slots int64 [T], distinct."""
     implementation = cache_write_triton if cache.is_cuda else cache_write_torch
     implementation(cache, rows, slots)
 

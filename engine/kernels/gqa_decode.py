@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from engine.kernels._triton import jit_for_any, tl
-from engine.kernels.attention_parts import LOG2_E, load_columns, softmax_end, softmax_start, softmax_step, store_columns
+from engine.kernels.attention_parts import (
+    LOG2_E,
+    block_numbers,
+    cache_rows,
+    load_columns,
+    softmax_end,
+    softmax_start,
+    softmax_step,
+    store_columns,
+)
 from engine.kernels.cache import padded_rows
 from engine.kernels.split_kv import combine, num_splits, partial_results, split_range
 from engine.kernels.tiles import gqa_decode_tile, pad
@@ -44,10 +53,9 @@ def _gqa_decode_kernel(
     num_kv_heads: int,
     q_stride_b: int,
     q_stride_h: int,
-    cache_stride_block: int,
-    cache_stride_row: int,
     tables_stride: int,
     splits: int,
+    WIDTH: tl.constexpr,  # 2 g DIM
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per KV head
@@ -70,14 +78,13 @@ def _gqa_decode_kernel(
     first, last = split_range(kv_len, split, splits, TOKENS)
     table_ptr = tables_ptr + b * tables_stride
     keys_ptr = cache_ptr + kv_head * DIM
-    positions = first * TOKENS + tl.arange(0, TOKENS)
-    blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+    blocks = block_numbers(table_ptr, first * TOKENS, kv_len, TOKENS, BLOCK_SIZE)
 
-    for _ in tl.range(first, last, num_stages=STAGES):
-        valid = positions < kv_len
-        rows = keys_ptr + blocks.to(tl.int64) * cache_stride_block + positions % BLOCK_SIZE * cache_stride_row
-        positions += TOKENS  # the next tile's blocks are read ahead: a load that waits for a load is not pipelined
-        blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        start = tile * TOKENS
+        valid = start + tl.arange(0, TOKENS) < kv_len
+        rows = cache_rows(keys_ptr, blocks, start, WIDTH, TOKENS, BLOCK_SIZE)
+        blocks = block_numbers(table_ptr, start + TOKENS, kv_len, TOKENS, BLOCK_SIZE)
         keys = load_columns(rows, valid, 0, DIM_PADDED, DIM)
         values = load_columns(rows + num_kv_heads * DIM, valid, 0, DIM_PADDED, DIM)
         scores = tl.dot(q, keys.T, input_precision="ieee")
@@ -116,8 +123,8 @@ def gqa_decode_triton(
     partial, lse = partial_results(out, splits)
     _gqa_decode_kernel[(programs, splits, batch)](
         q, cache, block_tables, kv_lens, partial, lse, scale * LOG2_E, num_heads, num_kv_heads,
-        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), block_tables.stride(0), splits,
-        DIM=dim, DIM_PADDED=pad(dim), GROUP=group, BLOCK_SIZE=cache.shape[1],
+        q.stride(0), q.stride(1), block_tables.stride(0), splits,
+        WIDTH=cache.shape[2], DIM=dim, DIM_PADDED=pad(dim), GROUP=group, BLOCK_SIZE=cache.shape[1],
         HEADS=tile.rows, TOKENS=tile.tokens, SPLIT=splits > 1, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return combine(partial, lse, out)

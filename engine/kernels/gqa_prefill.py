@@ -8,6 +8,8 @@ from torch import Tensor
 from engine.kernels._triton import jit_for_any, tl
 from engine.kernels.attention_parts import (
     LOG2_E,
+    block_numbers,
+    cache_rows,
     find_tile,
     load_columns,
     padded_count,
@@ -55,9 +57,8 @@ def _gqa_prefill_kernel(
     num_kv_heads: int,
     q_stride_t: int,
     q_stride_h: int,
-    cache_stride_block: int,
-    cache_stride_row: int,
     tables_stride: int,
+    WIDTH: tl.constexpr,  # 2 g DIM
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     SEQS: tl.constexpr,
@@ -83,15 +84,15 @@ def _gqa_prefill_kernel(
     table_ptr = tables_ptr + b.to(tl.int64) * tables_stride
     keys_ptr = cache_ptr + kv_head * DIM
     seen = tl.minimum(kv_len - (q_end - q_begin) + first_row + ROWS, kv_len)  # by any row of this tile
-    positions = tl.arange(0, TOKENS)
-    blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+    blocks = block_numbers(table_ptr, 0, kv_len, TOKENS, BLOCK_SIZE)
 
-    for _ in tl.range(0, tl.cdiv(seen, TOKENS), num_stages=STAGES):
+    for tile in tl.range(0, tl.cdiv(seen, TOKENS), num_stages=STAGES):
+        start = tile * TOKENS
+        positions = start + tl.arange(0, TOKENS)
         valid = positions < kv_len
         visible = valid[None, :] & (positions[None, :] <= q_positions[:, None])
-        rows = keys_ptr + blocks.to(tl.int64) * cache_stride_block + positions % BLOCK_SIZE * cache_stride_row
-        positions += TOKENS  # the next tile's blocks are read ahead: a load that waits for a load is not pipelined
-        blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+        rows = cache_rows(keys_ptr, blocks, start, WIDTH, TOKENS, BLOCK_SIZE)
+        blocks = block_numbers(table_ptr, start + TOKENS, kv_len, TOKENS, BLOCK_SIZE)
         keys = load_columns(rows, valid, 0, DIM_PADDED, DIM)
         values = load_columns(rows + num_kv_heads * DIM, valid, 0, DIM_PADDED, DIM)
         scores = tl.dot(q, keys.T, input_precision="ieee")
@@ -115,8 +116,8 @@ def gqa_prefill_triton(
         return out
     _gqa_prefill_kernel[(-(-num_tokens // tile.rows) + num_seqs, num_heads)](
         q, cache, block_tables, cu_q, kv_lens, out, scale * LOG2_E, num_seqs, num_heads, num_kv_heads,
-        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), block_tables.stride(0),
-        DIM=dim, DIM_PADDED=pad(dim), SEQS=padded_count(num_seqs), BLOCK_SIZE=cache.shape[1],
+        q.stride(0), q.stride(1), block_tables.stride(0),
+        WIDTH=cache.shape[2], DIM=dim, DIM_PADDED=pad(dim), SEQS=padded_count(num_seqs), BLOCK_SIZE=cache.shape[1],
         ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from engine.kernels._triton import jit_for_any, tl
-from engine.kernels.attention_parts import LOG2_E, load_columns, softmax_end, softmax_start, softmax_step, store_columns
+from engine.kernels.attention_parts import (
+    LOG2_E,
+    block_numbers,
+    cache_rows,
+    load_columns,
+    softmax_end,
+    softmax_start,
+    softmax_step,
+    store_columns,
+)
 from engine.kernels.cache import padded_rows
 from engine.kernels.split_kv import combine, num_splits, partial_results, split_range
 from engine.kernels.tiles import mla_decode_tile, power_of_2_chunks
@@ -37,8 +46,6 @@ def _mla_decode_kernel(
     num_heads: int,
     q_stride_b: int,
     q_stride_h: int,
-    cache_stride_block: int,
-    cache_stride_row: int,
     tables_stride: int,
     splits: int,
     RANK: tl.constexpr,
@@ -76,13 +83,12 @@ def _mla_decode_kernel(
     first, last = split_range(kv_len, split, splits, TOKENS)
 
     table_ptr = tables_ptr + b * tables_stride
-    positions = first * TOKENS + tl.arange(0, TOKENS)
-    blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
-    for _ in tl.range(first, last, num_stages=STAGES):
-        valid = positions < kv_len
-        rows = cache_ptr + blocks.to(tl.int64) * cache_stride_block + positions % BLOCK_SIZE * cache_stride_row
-        positions += TOKENS  # the next tile's blocks are read ahead: a load that waits for a load is not pipelined
-        blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < kv_len, other=0)
+    blocks = block_numbers(table_ptr, first * TOKENS, kv_len, TOKENS, BLOCK_SIZE)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        start = tile * TOKENS
+        valid = start + tl.arange(0, TOKENS) < kv_len
+        rows = cache_rows(cache_ptr, blocks, start, WIDTH, TOKENS, BLOCK_SIZE)
+        blocks = block_numbers(table_ptr, start + TOKENS, kv_len, TOKENS, BLOCK_SIZE)
         c0 = load_columns(rows, valid, 0, R0, RANK)  # key (transposed) and value in one read
         scores = tl.dot(q0, c0.T, input_precision="ieee")
         if R1 > 0:
@@ -141,7 +147,7 @@ def mla_decode_triton(
     d0, d1 = power_of_2_chunks(width - rank, 2)
     _mla_decode_kernel[(head_blocks, splits, batch)](
         q, cache, block_tables, kv_lens, partial, lse, scale * LOG2_E, num_heads,
-        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), block_tables.stride(0), splits,
+        q.stride(0), q.stride(1), block_tables.stride(0), splits,
         RANK=rank, ROPE=width - rank, R0=r0, R1=r1, R2=r2, D0=d0, D1=d1, BLOCK_SIZE=cache.shape[1],
         HEADS=tile.rows, TOKENS=tile.tokens, SPLIT=splits > 1, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip

@@ -64,7 +64,7 @@ def claim_cuda(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
 def test_a_model_on_triton_kernels_gives_the_same_logits(monkeypatch, claim_cuda, kind):
-    monkeypatch.setattr(engine.model.mla, "EXPAND_TOKENS", 40)  # contexts in pieces, to be merged
+    monkeypatch.setattr(engine.model.mla, "EXPAND_TOKENS", 16)  # contexts in pieces, to be merged
     model = tiny_model(kind, layers=1)
     expected = run(model, DEVICE)
     claim_cuda()
