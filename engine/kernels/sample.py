@@ -22,7 +22,7 @@ from engine.kernels._triton import jit, tl
 ONE = 2.0**34  # the best token's weight
 MIN_TEMPERATURE = 1e-6  # below it, only tokens tied with the best have any weight
 CHUNK = 64  # the vocabulary is searched in two steps: which chunk, then where in it
-COLUMNS = 4096  # of a tile of the vocabulary on a GPU
+COLUMNS = 8192  # of a tile of the vocabulary on a GPU
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def sample_triton(logits: Tensor, params: SamplingTensors) -> Tensor:
     if batch > 0:
         _sample_kernel[(batch,)](
             logits, params.temperature, params.top_k, params.top_p, params.min_p, params.seed, params.position, tokens,
-            vocab, logits.stride(0), COLUMNS=COLUMNS, num_warps=8,
+            vocab, logits.stride(0), COLUMNS=COLUMNS, num_warps=32,
         )  # fmt: skip
     return tokens
 
