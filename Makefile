@@ -18,7 +18,7 @@ compare: mla/config.json $(VENV)/.test
 	$(BIN)/python -m bench compare --mla mla --gqa $(SOURCE) --json compare.json --plot compare.png
 
 mla/config.json: $(SOURCE)/model.safetensors | $(VENV)/.run
-	$(BIN)/python -m convert --model $(SOURCE) --out mla --overwrite
+	$(BIN)/python -m convert --model $(SOURCE) --out mla --overwrite --calibration-tokens 8192
 
 test: lint
 	$(BIN)/python -m pytest
