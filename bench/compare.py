@@ -22,6 +22,7 @@ from bench import report, transformers_baseline
 from bench.checks import Check, check_engine, check_tokens, top1_agreement, written_prompts
 from bench.workload import Point, Timing, median_timing, random_prompts, time_engine
 from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint.hub import local_folder
 from engine.checkpoint.layout import expected_tensors
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -128,6 +129,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def main(args: argparse.Namespace) -> None:
+    args.gqa, args.mla = local_folder(args.gqa), local_folder(args.mla)
     checkpoints = {"gqa": open_checkpoint(args.gqa), "mla": open_checkpoint(args.mla)}
     specs = {name: c.spec for name, c in checkpoints.items()}
     if specs["gqa"].vocab_size != specs["mla"].vocab_size:

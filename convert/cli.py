@@ -14,6 +14,7 @@ from convert.conversion import CALIBRATION_TOKENS, ConversionRequest, convert
 from convert.evaluate import DEFAULT_WINDOW, EvaluationRequest, evaluate
 from convert.plan import DEFAULT_CACHE_RATIO, DEFAULT_METHOD, METHODS, MethodRequest
 from convert.report import check_json_target, conversion_summary, evaluation_summary, write_json
+from engine.checkpoint.hub import local_folder
 from engine.errors import EngineError
 from engine.model.load import DTYPES
 
@@ -50,7 +51,7 @@ def run_convert(arguments: Sequence[str]) -> None:
     sizes = MethodRequest(args.method, args.cache_ratio, args.kv_lora_rank, args.qk_rope_head_dim, args.freqfold)
     report = convert(
         ConversionRequest(
-            source=args.model,
+            source=local_folder(args.model),
             out=args.out,
             method=sizes,
             calibration_files=tuple(args.calibration),
@@ -68,7 +69,8 @@ def run_convert(arguments: Sequence[str]) -> None:
 def run_evaluate(arguments: Sequence[str]) -> None:
     args = evaluate_parser().parse_args(arguments)
     check_json_target(args.json)
-    report = evaluate(EvaluationRequest(args.model, args.reference, args.text, args.window, args.dtype, args.device))
+    model, reference = local_folder(args.model), local_folder(args.reference)
+    report = evaluate(EvaluationRequest(model, reference, args.text, args.window, args.dtype, args.device))
     print(evaluation_summary(report))
     write_json(args.json, report)
 
@@ -90,7 +92,13 @@ def convert_parser() -> argparse.ArgumentParser:
         "\n`python -m convert evaluate --help` explains how a conversion is measured.",
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="SRC", help="folder of the GQA checkpoint (Hugging Face layout)")
+    add(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="SRC",
+        help="the GQA checkpoint: a Hugging Face folder, or org/name on the hub",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; it appears only once it is complete")
     add("--method", choices=METHODS, default=DEFAULT_METHOD, help="see below (default: %(default)s)")
     size = parser.add_argument_group("size of the cache (one of the two; more is better quality)")

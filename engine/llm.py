@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.checkpoint import open_checkpoint
+from engine.checkpoint.hub import local_folder
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import EngineError, RequestError
@@ -77,13 +78,14 @@ class LLM:
     """A model, its tokenizer and an engine, in this process. Not for use by several threads at once."""
 
     def __init__(self, path: str | Path, *, progress: bool = False, **config: Any) -> None:  # noqa: ANN401
-        """`path`: a checkpoint folder; `config`: the fields of EngineConfig. Raises EngineError.
+        """`path`: a checkpoint folder, or org/name on the hub; `config`: the fields of EngineConfig.
 
-        `progress` shows a bar while the weights are read.
+        `progress` shows a bar while the weights are read. Raises EngineError.
         """
         self.config = EngineConfig(**config)
-        checkpoint = open_checkpoint(path)
-        self.tokenizer = Tokenizer.from_folder(path)
+        folder = local_folder(path)
+        checkpoint = open_checkpoint(folder)
+        self.tokenizer = Tokenizer.from_folder(folder)
         model = load_model(checkpoint, self.config.device, self.config.dtype, progress)
         self.core = EngineCore(model, checkpoint.generation, self.config)
         defaults = checkpoint.generation

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from engine.checkpoint.hub import local_folder
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from server.engine_client import ENGINE_COMMAND
@@ -19,11 +20,12 @@ def main(argv: Sequence[str] | None = None, engine_command: Sequence[str] = ENGI
     options = parser.parse_args(argv)
     try:
         engine = _engine_config(options)
+        model = str(local_folder(options.model))
     except EngineError as error:
         parser.error(str(error))
     keys = tuple(options.api_key or filter(None, [os.environ.get("MLA_API_KEY")]))
     config = ServerConfig(
-        model=options.model,
+        model=model,
         model_name=options.served_model_name or Path(options.model).resolve().name,
         host=options.host,
         port=options.port,
@@ -59,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="a Hugging Face folder, or one that convert wrote"
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="a Hugging Face folder, what convert wrote, or org/name on the hub",
     )
     web = parser.add_argument_group("HTTP")
     web.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network interface")
