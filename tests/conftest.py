@@ -1,12 +1,16 @@
 """Where the real checkpoints and texts are, for the tests that want them; and how Triton runs in tests.
 
-Without a GPU its kernels run in Triton's interpreter, which must be chosen before anything imports triton.
+Without a GPU its kernels run in Triton's interpreter, which must be chosen before anything imports triton. Every test
+process, and what it starts, computes with one thread, chosen before anything imports torch: the models are tiny, and
+several processes run side by side, where threads that share a core wait for each other.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
