@@ -22,11 +22,11 @@ from bench import report, transformers_baseline
 from bench.checks import Check, check_engine, check_tokens, top1_agreement, written_prompts
 from bench.workload import Point, Timing, median_timing, random_prompts, time_engine
 from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.checkpoint.hub import local_folder
 from engine.checkpoint.layout import expected_tensors
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import EngineError
+from engine.hub import local_folder
 from engine.model.load import dtype_name, load_model
 
 GIB = 2**30

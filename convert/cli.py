@@ -14,8 +14,8 @@ from convert.conversion import CALIBRATION_TOKENS, ConversionRequest, convert
 from convert.evaluate import DEFAULT_WINDOW, EvaluationRequest, evaluate
 from convert.plan import DEFAULT_CACHE_RATIO, DEFAULT_METHOD, METHODS, MethodRequest
 from convert.report import check_json_target, conversion_summary, evaluation_summary, write_json
-from engine.checkpoint.hub import local_folder
 from engine.errors import EngineError
+from engine.hub import local_folder
 from engine.model.load import DTYPES
 
 DTYPE_CHOICES = ("auto", *DTYPES)

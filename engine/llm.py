@@ -19,10 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.checkpoint import open_checkpoint
-from engine.checkpoint.hub import local_folder
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import EngineError, RequestError
+from engine.hub import local_folder
 from engine.messages import FinishReason, Output, Request, TokenLogprobs
 from engine.model.load import load_model
 from engine.sampling_params import SamplingParams

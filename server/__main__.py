@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from engine.checkpoint.hub import local_folder
 from engine.config import EngineConfig
 from engine.errors import EngineError
+from engine.hub import local_folder
 from server.engine_client import ENGINE_COMMAND
 from server.lifecycle import ServerConfig, run
 

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -136,15 +138,20 @@ def test_the_engine_does_not_outlive_a_killed_server(chat_folder):
         assert gone(engine)
 
 
+def engine_of(process: subprocess.Popen[str]) -> int:
+    """The engine's process id, once the server has started it."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 30
+    while not children.read_text().split():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return int(children.read_text().split()[0])
+
+
 def test_not_even_while_it_loads(chat_folder):
     process = launch("--model", str(chat_folder), "--port", "0", "--cache-tokens", "3")
     try:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        deadline = time.monotonic() + 10
-        while not children.read_text().split():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        engine = int(children.read_text().split()[0])
+        engine = engine_of(process)
         time.sleep(0.5)
     finally:
         process.kill()
@@ -154,10 +161,18 @@ def test_not_even_while_it_loads(chat_folder):
 
 def test_a_signal_while_loading(chat_folder):
     process = launch("--model", str(chat_folder), "--port", "0", "--cache-tokens", "3")
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    try:
+        engine_of(process)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+    finally:
+        process.kill()
     assert process.returncode == 0
+
+
+def test_the_http_process_starts_without_torch():
+    code = "import sys, server.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint.hub import local_folder
 from engine.errors import CheckpointError
+from engine.hub import local_folder
 
 
 def install(monkeypatch: pytest.MonkeyPatch, download: object) -> None:
