@@ -49,7 +49,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     if not windows:
         raise ConversionError(f"{request.text}: is too short: there is no token to predict")
     with tqdm(total=len(windows), desc="evaluating", unit="window", disable=None) as progress:
-        for chunk in chunks(windows, reference.embedding):
+        for chunk in chunks(windows, reference.embedding, reference.spec):
             a, b = (_hidden(m, chunk) for m in (reference, model))
             comparison.add(a, b, chunk.targets, reference.logits, model.logits)
             progress.update(chunk.num_windows)

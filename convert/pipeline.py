@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from convert.stream import Stream
 from engine.checkpoint import Checkpoint
 from engine.kernels.norm import rms_norm
 from engine.model.mla import MLAttention
-from engine.model.transformer import Layer
-from engine.spec import GQASpec, LayerSpec, MLASpec
+from engine.model.transformer import Layer, finish_logits, norm_weight
+from engine.spec import GQASpec, LayerSpec, MLASpec, ModelSpec
 
 Windows = Sequence[Sequence[int]]
 # Takes each converted layer as it is made, in order: its spec, its tensors (the attention's as stored, the rest as in
@@ -61,18 +61,18 @@ def sweep(
     """
     outer = source.outer()
     loaded, stored = precision.load(outer), precision.load(precision.store(outer))
-    fit_stream, check_stream = (Stream(w, loaded["embed_tokens.weight"]) for w in (fit, check))
-    own_streams = [Stream(check, stored["embed_tokens.weight"]) for _ in candidates]
+    fit_stream, check_stream = (Stream(w, loaded["embed_tokens.weight"], source.spec) for w in (fit, check))
+    own_streams = [Stream(check, stored["embed_tokens.weight"], source.spec) for _ in candidates]
     for index, spec in enumerate(tqdm(source.spec.layers, description, unit="layer", disable=None)):
         assert isinstance(spec.attention, GQASpec)  # candidates exist for GQA models alone
         raw = source.layer(index)
         tensors = precision.load(raw)
         attention = {n.removeprefix("self_attn."): t for n, t in tensors.items() if n.startswith("self_attn.")}
         rest = {n: t for n, t in raw.items() if not n.startswith("self_attn.")}
-        layer = Layer(spec, source.spec.norm_eps, tensors)
+        layer = Layer(spec, source.spec, tensors)
         as_stored = layer
         if any(t.dtype != precision.stored for t in raw.values()):
-            as_stored = Layer(spec, source.spec.norm_eps, precision.load(precision.store(raw)))
+            as_stored = Layer(spec, source.spec, precision.load(precision.store(raw)))
         methods = [candidate.layers[index] for candidate in candidates]
         learnt = {collect: collect(spec.attention, attention, fit_stream.windows(layer))
                   for collect in dict.fromkeys(method.collect for method in methods)}  # fmt: skip
@@ -86,31 +86,30 @@ def sweep(
             stream.advance(converted)
         fit_stream.advance(layer)
         check_stream.advance(layer)
-    eps, vocab = source.spec.norm_eps, source.spec.vocab_size
-    return [_compare(check_stream, own, loaded, stored, eps, vocab) for own in own_streams]
+    return [_compare(check_stream, own, loaded, stored, source.spec) for own in own_streams]
 
 
 def _with_attention(layer: Layer, spec: MLASpec, tensors: dict[str, Tensor]) -> Layer:
     """The same layer, sharing all else, with another attention."""
     other = copy.copy(layer)
-    other.spec = LayerSpec(spec, layer.spec.mlp)
+    other.spec = replace(layer.spec, attention=spec)
     other.attention = MLAttention(spec, tensors)
     return other
 
 
 def _compare(
-    source: Stream, own: Stream, loaded: Mapping[str, Tensor], stored: Mapping[str, Tensor], eps: float, vocab: int
+    source: Stream, own: Stream, loaded: Mapping[str, Tensor], stored: Mapping[str, Tensor], spec: ModelSpec
 ) -> Comparison:
     """Final norm and head on both residual streams."""
 
     def final(x: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
-        return rms_norm(x, outer["norm.weight"], eps)
+        return rms_norm(x, norm_weight(outer["norm.weight"], spec), spec.norm_eps)
 
     def logits(outer: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         head = outer.get("lm_head.weight", outer["embed_tokens.weight"])
-        return lambda hidden: F.linear(hidden, head)
+        return lambda hidden: finish_logits(F.linear(hidden, head), spec)
 
-    comparison = Comparison(vocab)
+    comparison = Comparison(spec.vocab_size)
     for a, b in zip(source.chunks, own.chunks, strict=True):
         hidden = final(a.predicting(a.x), loaded), final(b.predicting(b.x), stored)
         comparison.add(*hidden, a.targets, logits(loaded), logits(stored))

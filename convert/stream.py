@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.norm import rms_norm
 from engine.model.batch import Batch
 from engine.model.rotary import Rotary
-from engine.model.transformer import Layer, rope_key
+from engine.model.transformer import Layer, embed, rope_key
+from engine.spec import ModelSpec
 
 CHUNK_TOKENS = 4096
 BLOCK_SIZE = 64
@@ -24,37 +24,39 @@ BLOCK_SIZE = 64
 class Chunk:
     """Windows of one length, run as fresh sequences of one batch: x [T, hidden] is where they stand in the model."""
 
-    def __init__(self, windows: Sequence[Sequence[int]], embedding: Tensor) -> None:
+    def __init__(self, windows: Sequence[Sequence[int]], embedding: Tensor, spec: ModelSpec) -> None:
         ids = torch.tensor(windows, device=embedding.device)  # int64 [windows, length]
         self.num_windows, self.length = ids.shape
         self.batch = Batch.dense(self.num_windows, self.length, BLOCK_SIZE, embedding.device)
         self.num_blocks = self.num_windows * -(-self.length // BLOCK_SIZE)
         self.token_ids = ids.flatten()
         self.targets = ids[:, 1:].flatten()  # what the windows' tokens predict; the last of each predicts nothing
-        self.x = F.embedding(self.token_ids, embedding)
+        self.x = embed(self.token_ids, embedding, spec)
 
     def predicting(self, rows: Tensor) -> Tensor:
         """rows [T, n] -> the rows of the tokens that predict `targets`."""
         return rows.unflatten(0, (self.num_windows, self.length))[:, :-1].flatten(0, 1)
 
 
-def chunks(windows: Sequence[Sequence[int]], embedding: Tensor, limit: int = CHUNK_TOKENS) -> Iterator[Chunk]:
+def chunks(
+    windows: Sequence[Sequence[int]], embedding: Tensor, spec: ModelSpec, limit: int = CHUNK_TOKENS
+) -> Iterator[Chunk]:
     """Windows in order: neighbours of one length together, as long as they have at most `limit` tokens."""
     held: list[Sequence[int]] = []
     for window in windows:
         if held and (len(window) != len(held[0]) or (len(held) + 1) * len(window) > limit):
-            yield Chunk(held, embedding)
+            yield Chunk(held, embedding, spec)
             held = []
         held.append(window)
     if held:
-        yield Chunk(held, embedding)
+        yield Chunk(held, embedding, spec)
 
 
 class Stream:
     """All the windows of a text, standing before the same layer."""
 
-    def __init__(self, windows: Sequence[Sequence[int]], embedding: Tensor) -> None:
-        self.chunks = list(chunks(windows, embedding))
+    def __init__(self, windows: Sequence[Sequence[int]], embedding: Tensor, spec: ModelSpec) -> None:
+        self.chunks = list(chunks(windows, embedding, spec))
 
     def inputs(self, layer: Layer) -> Iterator[Tensor]:
         """What the layer's projections see: normed [T, hidden], chunk by chunk."""

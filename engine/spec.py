@@ -35,6 +35,9 @@ class GQASpec:
     rope: RopeSpec  # inv_freq [D/2]
     qkv_bias: bool = False
     o_bias: bool = False
+    qk_norm_eps: float | None = None  # a number: each head's query and key go through an RMSNorm before they rotate
+    sliding_window: int | None = None  # a query sees this many tokens, itself among them; None: all before it
+    score_softcap: float | None = None  # a number c: scores become c * tanh(score / c)
 
     @property
     def cache_width(self) -> int:
@@ -59,11 +62,14 @@ class MLASpec:
     softmax_scale: float
     rope: RopeSpec  # inv_freq [rope_groups * dr/2]
     rope_groups: int = 1  # G
-    q_lora_rank: int | None = None
+    q_lora_rank: int | None = None  # a number: queries are projected to this many channels, normalised, and up
+    q_norm_eps: float | None = None  # of that norm; None without q_lora_rank
     latent_norm_eps: float | None = None  # None: the latent is cached as projected
-    q_bias: bool = False
+    q_bias: bool = False  # of q_proj; with q_lora_rank, of q_a_proj
     kv_a_bias: bool = False
     o_bias: bool = False
+    sliding_window: int | None = None  # as GQASpec's
+    score_softcap: float | None = None  # as GQASpec's
 
     @property
     def rope_width(self) -> int:
@@ -78,18 +84,59 @@ class MLASpec:
 AttentionSpec = GQASpec | MLASpec
 
 
+Activation = Literal["silu", "gelu_tanh", "relu_squared"]
+
+
 @dataclass(frozen=True)
 class GatedMLPSpec:
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x))."""
 
     intermediate_size: int
     bias: bool = False
+    activation: Activation = "silu"
+
+
+@dataclass(frozen=True)
+class PlainMLPSpec:
+    """down(activation(up(x)))."""
+
+    intermediate_size: int
+    bias: bool = False
+    activation: Activation = "relu_squared"
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """A mixture of gated-SiLU experts (DeepSeek-V3, arXiv 2412.19437, and those before it).
+
+    A token's scores are scoring(router(x)). Selection looks at score + bias: of num_groups equal groups of experts the
+    groups_per_token best (by their best score, or the sum of their two best) stay, and of those the experts_per_token
+    best experts are taken. Their weights are the scores without the bias, normalised to sum 1 where `normalize`,
+    times `scale`. The shared expert is added to all of it.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int  # of each expert
+    shared_intermediate_size: int = 0  # of the expert that every token goes through; 0: there is none
+    shared_gate: bool = False  # the shared expert's output is multiplied by the sigmoid of a projection of x
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    correction_bias: bool = False
+    num_groups: int = 1
+    groups_per_token: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    normalize: bool = True
+    scale: float = 1.0
+
+
+MLPSpec = GatedMLPSpec | PlainMLPSpec | MoESpec
 
 
 @dataclass(frozen=True)
 class LayerSpec:
     attention: AttentionSpec
-    mlp: GatedMLPSpec
+    mlp: MLPSpec
+    post_norms: bool = False  # Gemma-2: the outputs of attention and MLP are normalised too, before they are added
 
 
 @dataclass(frozen=True)
@@ -103,6 +150,11 @@ class ModelSpec:
     tie_embeddings: bool
     dtype: str  # of the stored weights: "float32", "bfloat16" or "float16"
     layers: tuple[LayerSpec, ...]
+    norm_offset: float = 0.0  # RMSNorms over the hidden size multiply by offset + weight: Gemma's is 1
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None  # a number c: logits become c * tanh(logit / c)
 
     @property
     def attention_kind(self) -> Literal["gqa", "mla"]:

@@ -26,12 +26,21 @@ from engine.spec import ModelSpec
 
 __all__ = ["Checkpoint", "GenerationDefaults", "open_checkpoint"]
 
-# model_type -> reader: (config.json, dtype of the stored weights) -> ModelSpec. Families are told apart here alone.
-READERS: dict[str, Callable[[dict[str, Any], str], ModelSpec]] = {
-    "llama": read_llama,
-    "mistral": read_mistral,
-    "qwen2": read_qwen2,
-    mla_format.MODEL_TYPE: mla_format.spec_from_config,
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's folders are read."""
+
+    read: Callable[[dict[str, Any], str], ModelSpec]  # (config.json, dtype of the stored weights) -> ModelSpec
+    rename: Callable[[str], str] = str  # canonical name of a layer's tensor -> the family's own
+
+
+# By model_type. Families are told apart here alone.
+FAMILIES = {
+    "llama": Family(read_llama),
+    "mistral": Family(read_mistral),
+    "qwen2": Family(read_qwen2),
+    mla_format.MODEL_TYPE: Family(mla_format.spec_from_config),
 }
 
 EMBEDDING, HEAD = stored_name("embed_tokens.weight"), stored_name("lm_head.weight")
@@ -48,6 +57,7 @@ class Checkpoint:
     generation: GenerationDefaults
     config: dict[str, Any]  # config.json as it stands
     _files: TensorFiles
+    _rename: Callable[[str], str]
 
     def outer(self) -> dict[str, Tensor]:
         """embed_tokens.weight, norm.weight and, unless tied, lm_head.weight, in the stored dtype, on the CPU."""
@@ -64,7 +74,7 @@ class Checkpoint:
     def layer(self, index: int) -> dict[str, Tensor]:
         """One layer's tensors, named without `model.layers.<i>.`: self_attn.q_proj.weight and so on."""
         names = layer_tensors(self.spec.layers[index], self.spec.hidden_size)
-        return {name: self._files.load(stored_name(name, index)) for name in names}
+        return {name: self._files.load(stored_name(self._rename(name), index)) for name in names}
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -74,18 +84,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: no such folder; a model is given as the folder that holds its config.json")
     config = read_json_object(folder / "config.json")
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in READERS:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"{folder / 'config.json'}: model_type {model_type!r:.60} is not supported; supported: {', '.join(READERS)}"
+            f"{folder / 'config.json'}: model_type {model_type!r:.60} is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
         )
+    family = FAMILIES[model_type]
     files = TensorFiles(folder)
     entries = {name: entry for name, entry in files.entries.items() if not IGNORED.fullmatch(name)}
     try:
-        spec = READERS[model_type](config, _stored_dtype(folder, entries))
+        spec = family.read(config, _stored_dtype(folder, entries))
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    _check_stored(folder, spec, entries)
-    return Checkpoint(folder, spec, read_generation_defaults(folder, config), config, files)
+    _check_stored(folder, spec, entries, family.rename)
+    return Checkpoint(folder, spec, read_generation_defaults(folder, config), config, files, family.rename)
 
 
 def _stored_dtype(folder: Path, entries: dict[str, StoredTensor]) -> str:
@@ -101,8 +113,10 @@ def _stored_dtype(folder: Path, entries: dict[str, StoredTensor]) -> str:
     return embedding.dtype
 
 
-def _check_stored(folder: Path, spec: ModelSpec, entries: dict[str, StoredTensor]) -> None:
-    expected = expected_tensors(spec)
+def _check_stored(
+    folder: Path, spec: ModelSpec, entries: dict[str, StoredTensor], rename: Callable[[str], str]
+) -> None:
+    expected = expected_tensors(spec, rename)
     if spec.tie_embeddings and HEAD in entries:  # either copy of a tied pair will do, or both
         expected[HEAD] = expected[EMBEDDING]
         if EMBEDDING not in entries:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from engine.errors import CheckpointError
-from engine.spec import GQASpec, LayerSpec, MLASpec, ModelSpec, RopeSpec
+from engine.spec import (
+    GatedMLPSpec,
+    GQASpec,
+    LayerSpec,
+    MLASpec,
+    MLPSpec,
+    ModelSpec,
+    PlainMLPSpec,
+    RopeSpec,
+)
 
 Shape = tuple[int, ...]
 
@@ -40,38 +49,75 @@ def outer_tensors(spec: ModelSpec) -> dict[str, Shape]:
 
 def layer_tensors(layer: LayerSpec, hidden: int) -> dict[str, Shape]:
     """Canonical name -> shape of one layer's tensors. Projections are [out, in]."""
-    shapes: dict[str, Shape] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-
-    def linear(name: str, out: int, into: int, bias: bool) -> None:
-        shapes[f"{name}.weight"] = (out, into)
-        if bias:
-            shapes[f"{name}.bias"] = (out,)
-
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if layer.post_norms:  # named as Gemma-2's, where post_attention_layernorm is the norm of the attention's output
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    shapes: dict[str, Shape] = {f"{norm}.weight": (hidden,) for norm in norms}
     a = layer.attention
-    if isinstance(a, GQASpec):
-        linear("self_attn.q_proj", a.num_heads * a.head_dim, hidden, a.qkv_bias)
-        linear("self_attn.k_proj", a.num_kv_heads * a.head_dim, hidden, a.qkv_bias)
-        linear("self_attn.v_proj", a.num_kv_heads * a.head_dim, hidden, a.qkv_bias)
-        linear("self_attn.o_proj", hidden, a.num_heads * a.head_dim, a.o_bias)
+    attention = _gqa_tensors(a, hidden) if isinstance(a, GQASpec) else _mla_tensors(a, hidden)
+    shapes |= {f"self_attn.{name}": shape for name, shape in attention.items()}
+    return shapes | {f"mlp.{name}": shape for name, shape in _mlp_tensors(layer.mlp, hidden).items()}
+
+
+def _linear(name: str, out: int, into: int, bias: bool = False) -> dict[str, Shape]:
+    return {f"{name}.weight": (out, into)} | ({f"{name}.bias": (out,)} if bias else {})
+
+
+def _gqa_tensors(a: GQASpec, hidden: int) -> dict[str, Shape]:
+    q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    shapes = _linear("q_proj", q, hidden, a.qkv_bias)
+    shapes |= _linear("k_proj", kv, hidden, a.qkv_bias) | _linear("v_proj", kv, hidden, a.qkv_bias)
+    if a.qk_norm_eps is not None:
+        shapes |= {"q_norm.weight": (a.head_dim,), "k_norm.weight": (a.head_dim,)}
+    return shapes | _linear("o_proj", hidden, q, a.o_bias)
+
+
+def _mla_tensors(a: MLASpec, hidden: int) -> dict[str, Shape]:
+    q, kv = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim), a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+    if a.q_lora_rank is None:
+        shapes = _linear("q_proj", q, hidden, a.q_bias)
     else:
-        linear("self_attn.q_proj", a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim), hidden, a.q_bias)
-        linear("self_attn.kv_a_proj_with_mqa", a.cache_width, hidden, a.kv_a_bias)
-        if a.latent_norm_eps is not None:
-            shapes["self_attn.kv_a_layernorm.weight"] = (a.kv_lora_rank,)
-        linear("self_attn.kv_b_proj", a.num_heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank, False)
-        linear("self_attn.o_proj", hidden, a.num_heads * a.v_head_dim, a.o_bias)
-    linear("mlp.gate_proj", layer.mlp.intermediate_size, hidden, layer.mlp.bias)
-    linear("mlp.up_proj", layer.mlp.intermediate_size, hidden, layer.mlp.bias)
-    linear("mlp.down_proj", hidden, layer.mlp.intermediate_size, layer.mlp.bias)
+        shapes = _linear("q_a_proj", a.q_lora_rank, hidden, a.q_bias)
+        shapes |= {"q_a_layernorm.weight": (a.q_lora_rank,)} | _linear("q_b_proj", q, a.q_lora_rank)
+    shapes |= _linear("kv_a_proj_with_mqa", a.cache_width, hidden, a.kv_a_bias)
+    if a.latent_norm_eps is not None:
+        shapes["kv_a_layernorm.weight"] = (a.kv_lora_rank,)
+    shapes |= _linear("kv_b_proj", kv, a.kv_lora_rank)
+    return shapes | _linear("o_proj", hidden, a.num_heads * a.v_head_dim, a.o_bias)
+
+
+def _mlp_tensors(mlp: MLPSpec, hidden: int) -> dict[str, Shape]:
+    def dense(prefix: str, size: int, bias: bool = False) -> dict[str, Shape]:
+        """A gated MLP."""
+        shapes = _linear(f"{prefix}gate_proj", size, hidden, bias) | _linear(f"{prefix}up_proj", size, hidden, bias)
+        return shapes | _linear(f"{prefix}down_proj", hidden, size, bias)
+
+    if isinstance(mlp, GatedMLPSpec):
+        return dense("", mlp.intermediate_size, mlp.bias)
+    if isinstance(mlp, PlainMLPSpec):
+        up = _linear("up_proj", mlp.intermediate_size, hidden, mlp.bias)
+        return up | _linear("down_proj", hidden, mlp.intermediate_size, mlp.bias)
+    shapes: dict[str, Shape] = {"gate.weight": (mlp.num_experts, hidden)}
+    if mlp.correction_bias:
+        shapes["gate.e_score_correction_bias"] = (mlp.num_experts,)
+    for i in range(mlp.num_experts):
+        shapes |= dense(f"experts.{i}.", mlp.intermediate_size)
+    if mlp.shared_intermediate_size:
+        shapes |= dense("shared_experts.", mlp.shared_intermediate_size)
+    if mlp.shared_gate:
+        shapes |= _linear("shared_expert_gate", 1, hidden)
     return shapes
 
 
-def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
-    """Name in the file -> shape, of every tensor a model has; a tied head is stored as the embedding alone."""
+def expected_tensors(spec: ModelSpec, rename: Callable[[str], str] = str) -> dict[str, Shape]:
+    """Name in the file -> shape, of every tensor a model has; a tied head is stored as the embedding alone.
+
+    `rename`: canonical name of a layer's tensor -> that in the file.
+    """
     shapes = {stored_name(name): shape for name, shape in outer_tensors(spec).items()}
     for i, layer in enumerate(spec.layers):
         for name, shape in layer_tensors(layer, spec.hidden_size).items():
-            shapes[stored_name(name, i)] = shape
+            shapes[stored_name(rename(name), i)] = shape
     return shapes
 
 
@@ -100,10 +146,18 @@ def check_spec(spec: ModelSpec) -> None:
     for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
         _check(getattr(spec, name) >= 1, f"{name} must be at least 1")
     _check(_positive(spec.norm_eps), "norm_eps must be a positive number")
+    _check(math.isfinite(spec.norm_offset), "norm_offset must be a finite number")
+    for name in ("embedding_scale", "residual_scale", "logit_scale"):
+        _check(_positive(getattr(spec, name)), f"{name} must be a positive number")
+    _check(spec.logit_softcap is None or _positive(spec.logit_softcap), "logit_softcap must be null or positive")
     _check(bool(spec.layers), "the model has no layers")
     for i, layer in enumerate(spec.layers):
         where = f"layer {i}: "
         _check(layer.mlp.intermediate_size >= 1, f"{where}intermediate_size must be at least 1")
+        for name in ("sliding_window", "score_softcap"):
+            _check(getattr(layer.attention, name) is None, f"{where}{name} is not supported")
+        plain = isinstance(layer.mlp, GatedMLPSpec) and layer.mlp.activation == "silu"
+        _check(plain, f"{where}an MLP other than gated SiLU is not supported")
         _check(_positive(layer.attention.softmax_scale), f"{where}softmax_scale must be a positive number")
         if isinstance(layer.attention, GQASpec):
             _check_gqa(layer.attention, where)
@@ -118,6 +172,7 @@ def _check_gqa(a: GQASpec, where: str) -> None:
         a.num_heads % a.num_kv_heads == 0, f"{where}{a.num_heads} heads do not share {a.num_kv_heads} KV heads evenly"
     )
     _check(a.head_dim % 2 == 0, f"{where}head_dim {a.head_dim} is odd, which rotary embedding cannot use")
+    _check(a.qk_norm_eps is None, f"{where}qk_norm_eps is not supported")
     _check_rope(a.rope, a.head_dim // 2, where)
 
 

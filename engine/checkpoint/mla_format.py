@@ -13,10 +13,13 @@ from typing import Any, TypeVar, get_type_hints
 from engine.checkpoint.json_file import typed
 from engine.checkpoint.layout import check_spec
 from engine.errors import CheckpointError
-from engine.spec import GatedMLPSpec, LayerSpec, MLASpec, ModelSpec, RopeSpec
+from engine.spec import GatedMLPSpec, LayerSpec, MLASpec, MLPSpec, ModelSpec, MoESpec, PlainMLPSpec, RopeSpec
 
 MODEL_TYPE = "mla_server"
 FORMAT_VERSION = 1
+
+MLPS: dict[str, type[MLPSpec]] = {"gated": GatedMLPSpec, "plain": PlainMLPSpec, "moe": MoESpec}
+MLP_NAMES = {spec: name for name, spec in MLPS.items()}
 
 T = TypeVar("T")
 
@@ -30,7 +33,8 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
             raise CheckpointError(f"layer {i}: the {MODEL_TYPE} format stores latent attention only")
         rope = ropes.setdefault(layer.attention.rope, len(ropes))
         attention = {"kind": "mla", **asdict(layer.attention), "rope": rope}
-        layers.append({"attention": attention, "mlp": {"kind": "gated_silu", **asdict(layer.mlp)}})
+        mlp = {"kind": MLP_NAMES[type(layer.mlp)], **asdict(layer.mlp)}
+        layers.append({"attention": attention, "mlp": mlp, "post_norms": layer.post_norms})
     outer = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name != "layers"}
     return {
         "model_type": MODEL_TYPE,
@@ -56,12 +60,16 @@ def spec_from_config(config: dict[str, Any], dtype: str) -> ModelSpec:
     layers = []
     for i, layer in enumerate(_objects(config["layers"], "layers")):
         where = f"layers[{i}]"
-        _check_keys(layer, {"attention", "mlp"}, where)
-        attention = _of_kind(layer["attention"], "mla", f"{where}.attention")
+        _check_keys(layer, {field.name for field in fields(LayerSpec)}, where)
+        _, attention = _of_kind(layer["attention"], ("mla",), f"{where}.attention")
         attention["rope"] = _pick(ropes, attention.get("rope"), f"{where}.attention.rope")
-        mlp = _of_kind(layer["mlp"], "gated_silu", f"{where}.mlp")
+        kind, mlp = _of_kind(layer["mlp"], tuple(MLPS), f"{where}.mlp")
         layers.append(
-            LayerSpec(_read(attention, MLASpec, f"{where}.attention"), _read(mlp, GatedMLPSpec, f"{where}.mlp"))
+            LayerSpec(
+                _read(attention, MLASpec, f"{where}.attention"),
+                _read(mlp, MLPS[kind], f"{where}.mlp"),
+                typed(layer["post_norms"], bool, f"{where}.post_norms"),
+            )
         )
     spec = ModelSpec(**{name: typed(config[name], hint, name) for name, hint in outer.items()}, layers=tuple(layers))
     check_spec(spec)
@@ -98,13 +106,14 @@ def _objects(value: object, where: str) -> list[dict[str, Any]]:
     return value
 
 
-def _of_kind(value: object, kind: str, where: str) -> dict[str, Any]:
-    """The object without its `kind`, which must be `kind`."""
+def _of_kind(value: object, kinds: tuple[str, ...], where: str) -> tuple[str, dict[str, Any]]:
+    """-> the object's `kind`, which must be one of `kinds`, and the rest of it."""
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: expected an object")
-    if value.get("kind") != kind:
-        raise CheckpointError(f"{where}: kind {value.get('kind')!r:.40} is not supported; supported: {kind}")
-    return {key: item for key, item in value.items() if key != "kind"}
+    kind = value.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise CheckpointError(f"{where}: kind {kind!r:.40} is not supported; supported: {', '.join(kinds)}")
+    return kind, {key: item for key, item in value.items() if key != "kind"}
 
 
 def _pick(ropes: list[dict[str, Any]], index: object, where: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     rms = torch.linalg.vector_norm(wide, 2, -1, True).mul_(1 / math.sqrt(x.shape[-1]))
     normed = torch.div(wide, torch.hypot(rms, _constant(math.sqrt(eps), wide.dtype)))
-    return normed.mul_(weight) if x.dtype == weight.dtype == wide.dtype else normed.to(x.dtype) * weight
+    return normed.mul_(weight) if x.dtype == weight.dtype == wide.dtype else (normed.to(x.dtype) * weight).to(x.dtype)
 
 
 @lru_cache(maxsize=16)
@@ -80,7 +80,7 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension: x [T, d] (any row stride), weight [d] -> [T, d]."""
+    """RMSNorm over the last dimension: x [T, d] (any row stride), weight [d], in x's dtype or fp32 -> [T, d]."""
     return rms_norm_triton(x, weight, eps) if x.is_cuda else rms_norm_torch(x, weight, eps)
 
 

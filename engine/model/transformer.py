@@ -1,6 +1,6 @@
 """The decoder: embedding, layers, final norm, head. Inference only, weights as plain tensors.
 
-A layer computes  x += attention(norm(x));  x += mlp(norm(x)).
+A layer computes  x += attention(norm(x));  x += mlp(norm(x)).  With post_norms, what is added is normalised as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.model.linear import Linear
 from engine.model.mla import MLAttention
 from engine.model.mlp import GatedMLP
 from engine.model.rotary import Rotary
-from engine.spec import AttentionSpec, GQASpec, LayerSpec, ModelSpec, RopeSpec
+from engine.spec import AttentionSpec, GatedMLPSpec, GQASpec, LayerSpec, ModelSpec, RopeSpec
 
 
 def rope_rows(spec: AttentionSpec) -> int:
@@ -45,27 +45,47 @@ def rope_key(spec: AttentionSpec) -> tuple[RopeSpec, int]:
 class Layer:
     """One decoder layer. `tensors` are named as in the checkpoint, without the `model.layers.<i>.` before them."""
 
-    def __init__(self, spec: LayerSpec, norm_eps: float, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, spec: LayerSpec, model: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+        """`model`: what all layers share; its own `layers` are not looked at."""
+
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
+        def norm(name: str) -> Tensor:
+            return norm_weight(tensors[f"{name}.weight"], model)
+
         self.spec = spec
-        self.eps = norm_eps
-        self.attention_norm = tensors["input_layernorm.weight"]
-        self.mlp_norm = tensors["post_attention_layernorm.weight"]
+        self.eps = model.norm_eps
+        self.residual_scale = model.residual_scale
+        self.attention_norm = norm("input_layernorm")
+        self.mlp_norm = norm("pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm")
+        self.post_attention_norm = norm("post_attention_layernorm") if spec.post_norms else None
+        self.post_mlp_norm = norm("post_feedforward_layernorm") if spec.post_norms else None
         attention = under("self_attn.")
         self.attention = (
             GQAttention(spec.attention, attention)
             if isinstance(spec.attention, GQASpec)
             else MLAttention(spec.attention, attention)
         )
+        assert isinstance(spec.mlp, GatedMLPSpec)  # check_spec lets no other pass
         self.mlp = GatedMLP(spec.mlp, under("mlp."))
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor, table: Tensor) -> Tensor:
         """The residual stream x [T, hidden] -> [T, hidden]."""
         attended = self.attention(rms_norm(x, self.attention_norm, self.eps), batch, cache, table)
-        normed, x = add_rms_norm(attended, x, self.mlp_norm, self.eps)
-        return x + self.mlp(normed)
+        normed, x = add_rms_norm(self._added(attended, self.post_attention_norm), x, self.mlp_norm, self.eps)
+        return x + self._added(self.mlp(normed), self.post_mlp_norm)
+
+    def _added(self, output: Tensor, post_norm: Tensor | None) -> Tensor:
+        """What a block's output adds to the residual stream."""
+        if post_norm is not None:
+            output = rms_norm(output, post_norm, self.eps)
+        return output if self.residual_scale == 1 else output * self.residual_scale
+
+
+def norm_weight(weight: Tensor, model: ModelSpec) -> Tensor:
+    """What an RMSNorm multiplies by. An offset is added in fp32, and the sum stays so: bf16 would round it."""
+    return weight.float() + model.norm_offset if model.norm_offset else weight
 
 
 class Transformer:
@@ -75,9 +95,9 @@ class Transformer:
         """`outer`: embed_tokens.weight, norm.weight, lm_head.weight unless tied. `layers` is consumed one by one."""
         self.spec = spec
         self.embedding = outer["embed_tokens.weight"]
-        self.norm = outer["norm.weight"]
+        self.norm = norm_weight(outer["norm.weight"], spec)
         self.head = Linear(self.embedding if spec.tie_embeddings else outer["lm_head.weight"])
-        self.layers = [Layer(s, spec.norm_eps, t) for s, t in zip(spec.layers, layers, strict=True)]
+        self.layers = [Layer(s, spec, t) for s, t in zip(spec.layers, layers, strict=True)]
         keys = [rope_key(layer.attention) for layer in spec.layers]
         self.rotary = Rotary(keys, self.embedding.device)
         self._table_of_layer = [self.rotary.index(*key) for key in keys]
@@ -97,14 +117,32 @@ class Transformer:
             for s in self.spec.layers
         ]
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids int64 [...] -> what enters the first layer, [..., hidden]."""
+        return embed(token_ids, self.embedding, self.spec)
+
     def forward(self, token_ids: Tensor, batch: Batch, cache: list[Tensor]) -> Tensor:
         """token_ids int64 [T] -> final normed hidden states [T, hidden]; writes the tokens' rows into the cache."""
         tables = self.rotary.tables(batch.positions)
-        x = F.embedding(token_ids, self.embedding)
+        x = self.embed(token_ids)
         for layer, layer_cache, index in zip(self.layers, cache, self._table_of_layer, strict=True):
             x = layer(x, batch, layer_cache, tables[index])
         return rms_norm(x, self.norm, self.spec.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, hidden] -> [n, vocab], in the model's dtype."""
-        return self.head(hidden)
+        return finish_logits(self.head(hidden), self.spec)
+
+
+def embed(token_ids: Tensor, embedding: Tensor, spec: ModelSpec) -> Tensor:
+    x = F.embedding(token_ids, embedding)
+    return x if spec.embedding_scale == 1 else x * spec.embedding_scale
+
+
+def finish_logits(logits: Tensor, spec: ModelSpec) -> Tensor:
+    """What the head gives -> logits: scaled and capped, as the model has it."""
+    if spec.logit_scale != 1:
+        logits = logits * spec.logit_scale
+    if spec.logit_softcap is not None:
+        logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
+    return logits

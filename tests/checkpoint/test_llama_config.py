@@ -9,7 +9,7 @@ import pytest
 from transformers import GenerationConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 from engine.checkpoint import open_checkpoint
-from engine.checkpoint.checkpoint import READERS
+from engine.checkpoint.checkpoint import FAMILIES
 from engine.errors import CheckpointError
 from engine.spec import GQASpec, ModelSpec
 from tests.checkpoint.folders import CONFIG, edit_config, llama_folder
@@ -17,7 +17,7 @@ from tests.checkpoint.folders import CONFIG, edit_config, llama_folder
 
 def read(model_type: str = "llama", **changes: Any) -> ModelSpec:
     config = {key: value for key, value in (CONFIG | changes).items() if value is not ...}
-    return READERS[model_type](config, "float32")
+    return FAMILIES[model_type].read(config, "float32")
 
 
 def attention(spec: ModelSpec) -> GQASpec:
@@ -86,7 +86,7 @@ def test_every_key_transformers_writes_is_accepted(kind):
     written = json.loads(kind(num_hidden_layers=2).to_json_string(use_diff=False))
     if kind is MistralConfig:
         written["sliding_window"] = None
-    READERS[kind.model_type](generation | written | {"dtype": "bfloat16"}, "bfloat16")
+    FAMILIES[kind.model_type].read(generation | written | {"dtype": "bfloat16"}, "bfloat16")
 
 
 def test_defaults_are_those_of_transformers():
@@ -99,7 +99,7 @@ def test_defaults_are_those_of_transformers():
     }  # fmt: skip
     for kind in (LlamaConfig, Qwen2Config):
         theirs = kind(**required, num_key_value_heads=None)
-        ours = READERS[kind.model_type](required, "float32")
+        ours = FAMILIES[kind.model_type].read(required, "float32")
         assert ours.norm_eps == theirs.rms_norm_eps
         assert ours.tie_embeddings == theirs.tie_word_embeddings
         assert attention(ours).num_kv_heads == theirs.num_key_value_heads

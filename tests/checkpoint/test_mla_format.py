@@ -27,7 +27,7 @@ RICH = MLASpec(
 )  # fmt: skip
 SMALL = ModelSpec(
     vocab_size=16, hidden_size=8, norm_eps=1e-5, max_position_embeddings=32, tie_embeddings=False, dtype="float32",
-    layers=(LayerSpec(PLAIN, GatedMLPSpec(12)), LayerSpec(RICH, GatedMLPSpec(10, True))),
+    layers=(LayerSpec(PLAIN, GatedMLPSpec(12)), LayerSpec(RICH, GatedMLPSpec(10, True), post_norms=True)),
 )  # fmt: skip
 
 # As version 1 was written; a change that breaks this text breaks every converted model on disk.
@@ -40,6 +40,11 @@ FIXED = """{
   "max_position_embeddings": 32,
   "tie_embeddings": false,
   "dtype": "float32",
+  "norm_offset": 0.0,
+  "embedding_scale": 1.0,
+  "residual_scale": 1.0,
+  "logit_scale": 1.0,
+  "logit_softcap": null,
   "ropes": [
     {"inv_freq": [1.0], "layout": "half", "scale": 1.0},
     {"inv_freq": [1.0, 0.1, 0.5, 0.3333333333333333], "layout": "interleaved", "scale": 1.25}
@@ -47,12 +52,14 @@ FIXED = """{
   "layers": [
     {"attention": {"kind": "mla", "num_heads": 4, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, \
 "v_head_dim": 6, "softmax_scale": 0.408248290463863, "rope": 0, "rope_groups": 1, "q_lora_rank": null, \
-"latent_norm_eps": null, "q_bias": false, "kv_a_bias": false, "o_bias": false}, \
-"mlp": {"kind": "gated_silu", "intermediate_size": 12, "bias": false}},
+"q_norm_eps": null, "latent_norm_eps": null, "q_bias": false, "kv_a_bias": false, "o_bias": false, \
+"sliding_window": null, "score_softcap": null}, \
+"mlp": {"kind": "gated", "intermediate_size": 12, "bias": false, "activation": "silu"}, "post_norms": false},
     {"attention": {"kind": "mla", "num_heads": 4, "kv_lora_rank": 5, "qk_nope_head_dim": 0, "qk_rope_head_dim": 4, \
 "v_head_dim": 3, "softmax_scale": 0.25, "rope": 1, "rope_groups": 2, "q_lora_rank": null, \
-"latent_norm_eps": 1e-06, "q_bias": true, "kv_a_bias": true, "o_bias": true}, \
-"mlp": {"kind": "gated_silu", "intermediate_size": 10, "bias": true}}
+"q_norm_eps": null, "latent_norm_eps": 1e-06, "q_bias": true, "kv_a_bias": true, "o_bias": true, \
+"sliding_window": null, "score_softcap": null}, \
+"mlp": {"kind": "gated", "intermediate_size": 10, "bias": true, "activation": "silu"}, "post_norms": true}
   ]
 }
 """
@@ -85,7 +92,7 @@ def attentions(draw: st.DrawFn) -> MLASpec:
     )
 
 
-layers = st.builds(LayerSpec, attentions(), st.builds(GatedMLPSpec, st.integers(1, 99), st.booleans()))
+layers = st.builds(LayerSpec, attentions(), st.builds(GatedMLPSpec, st.integers(1, 99), st.booleans()), st.booleans())
 specs = st.builds(
     ModelSpec,
     vocab_size=st.integers(1, 200_000),
@@ -95,6 +102,11 @@ specs = st.builds(
     tie_embeddings=st.booleans(),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     layers=st.lists(layers, min_size=1, max_size=4).map(tuple),
+    norm_offset=frequency,
+    embedding_scale=positive,
+    residual_scale=positive,
+    logit_scale=positive,
+    logit_softcap=st.none() | positive,
 )
 
 
@@ -171,7 +183,7 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("layers.1.attention.qk_norm", True, ("layers[1].attention", "unknown", "qk_norm")),
         ("layers.0.attention.qk_rope_head_dim", 3, ("layer 0", "qk_rope_head_dim 3")),
         ("layers.1.attention.softmax_scale", 0, ("layer 1", "softmax_scale")),
-        ("layers.1.mlp.kind", "moe", ("layers[1].mlp", "moe", "gated_silu")),
+        ("layers.1.mlp.kind", "mixture", ("layers[1].mlp", "mixture", "gated, plain, moe")),
         ("layers.1.mlp.bias", 1, ("layers[1].mlp.bias", "bool")),
         ("layers.1.moe", {}, ("layers[1]", "unknown", "moe")),
     ],

@@ -32,11 +32,11 @@ def test_moments_are_those_of_the_source_models_keys_and_values(tmp_path: Path, 
     windows = windows_of(5, 33, last=7)
     expected = hooked_moments(oracle(source, torch.float64), windows)
     checkpoint = open_checkpoint(source)
-    stream = Stream(windows, checkpoint.outer()["embed_tokens.weight"])
+    stream = Stream(windows, checkpoint.outer()["embed_tokens.weight"], checkpoint.spec)
     for index, spec in enumerate(checkpoint.spec.layers):
         assert isinstance(spec.attention, GQASpec)
         tensors = checkpoint.layer(index)
-        layer = Layer(spec, checkpoint.spec.norm_eps, tensors)
+        layer = Layer(spec, checkpoint.spec, tensors)
         attention = {name.removeprefix("self_attn."): t for name, t in tensors.items() if "self_attn" in name}
         found = collect(spec.attention, attention, stream.inputs(layer))
         assert found.tokens == 5 * 33 + 7
