@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -41,13 +42,29 @@ class ChatTemplate:
             raise CheckpointError(f"{origin}: the chat template does not parse: {error}") from None
         self._special_tokens = dict(special_tokens)
 
+    @cached_property
+    def takes_argument_objects(self) -> bool:
+        """Whether the arguments of past tool calls are given as an object, or as JSON text, on which templates differ.
+
+        Given the wrong one, a template fails, or writes Python's notation, or JSON within JSON; so both are tried.
+        """
+        for arguments, spoilt in (({"probe": 1}, "'probe'"), ('{"probe": 1}', '\\"probe')):
+            try:
+                text = self.render(_probe(arguments))
+            except RequestError:
+                continue
+            if "probe" in text and spoilt not in text:
+                return isinstance(arguments, dict)
+        return True
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt text. `variables` reach the template only where it names them; others change nothing.
+        """The prompt text. `tools`: JSON schemas. `variables` reach the template only where it names them.
 
         Raises RequestError with the template's own words where it refuses the messages, and where it runs away.
         """
@@ -62,7 +79,7 @@ class ChatTemplate:
                 raise jinja2.TemplateError(f"it ran for more than {MAX_RENDER_SECONDS:g} s")
             return ""
 
-        values = {**used, **self._special_tokens, "messages": messages, "tools": None, "documents": None}
+        values = {**used, **self._special_tokens, "messages": messages, "tools": tools, "documents": None}
         values |= {"add_generation_prompt": add_generation_prompt, _TICK: tick}
         pieces: list[str] = []
         num_chars = 0
@@ -78,6 +95,16 @@ class ChatTemplate:
 
 
 _TICK = "__tick__"  # a name no template can have in good faith
+
+
+def _probe(arguments: object) -> list[dict[str, Any]]:
+    """A conversation with one tool call, of the shape that most templates accept."""
+    call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "probe"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "probe", "tool_call_id": "call00000", "content": "probe"},
+    ]
 
 
 class _Environment(ImmutableSandboxedEnvironment):

@@ -59,9 +59,11 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
         raise ApiError("invalid_request_error", "top_logprobs needs logprobs to be true", "top_logprobs")
     params = request.sampling_params(state.engine.info, max_tokens, logprobs)
     dialect = ChatDialect(state.model_name, state.tokenizer, bool(request.return_token_ids))
-    messages = [message.for_template(index) for index, message in enumerate(request.messages)]
 
     def prompt_ids() -> list[list[int]]:
+        template = state.tokenizer.chat_template
+        argument_objects = template is not None and template.takes_argument_objects
+        messages = [message.for_template(i, argument_objects) for i, message in enumerate(request.messages)]
         text = state.tokenizer.apply_chat_template(
             messages, request.add_generation_prompt is not False, request.chat_template_kwargs
         )

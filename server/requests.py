@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -166,28 +166,62 @@ class ContentPart(msgspec.Struct, frozen=True):
     text: str = ""
 
 
+class FunctionCall(msgspec.Struct, frozen=True):
+    name: str
+    arguments: str = "{}"  # JSON
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call that the assistant made in an earlier turn."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+    def for_template(self, argument_objects: bool, where: str) -> dict[str, Any]:
+        arguments: object = self.function.arguments
+        if argument_objects:
+            where = f"{where}.function.arguments"
+            try:
+                arguments = msgspec.json.decode(self.function.arguments, type=dict)
+            except msgspec.MsgspecError as error:
+                raise ApiError("invalid_request_error", f"{where} is not a JSON object: {error}", where) from None
+        return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
+
+
 class Message(msgspec.Struct, frozen=True):
     role: Annotated[str, Meta(min_length=1, max_length=64)]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: Any = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
 
-    def for_template(self, index: int) -> dict[str, str]:
-        """Plain data for the chat template: role, content and, where given, name. Raises ApiError."""
+    def for_template(self, index: int, argument_objects: bool) -> dict[str, Any]:
+        """Plain data for the chat template: role, content and what else is given. Raises ApiError.
+
+        `argument_objects`: whether it takes the arguments of tool calls as objects (ChatTemplate).
+        """
         where = f"messages[{index}]"
-        for field, value in (("tool_calls", self.tool_calls), ("function_call", self.function_call)):
-            if value not in UNUSED:
-                raise ApiError("invalid_request_error", f"{where}.{field} is not supported", f"{where}.{field}")
+        if self.function_call not in UNUSED:
+            raise ApiError("invalid_request_error", f"{where}.function_call: use tool_calls", f"{where}.function_call")
         content = self.content
         if isinstance(content, list):
             if kinds := [part.type for part in content if part.type != "text"]:
-                message = f"{where}.content has a part of type {kinds[0]!r}; only text is supported"
-                raise ApiError("invalid_request_error", message, f"{where}.content")
+                problem = f"{where}.content has a part of type {kinds[0]!r}; only text is supported"
+                raise ApiError("invalid_request_error", problem, f"{where}.content")
             content = "\n".join(part.text for part in content)
         role = "system" if self.role == "developer" else self.role
-        message_data = {"role": role, "content": content or ""}
-        return message_data if self.name is None else {**message_data, "name": self.name}
+        message: dict[str, Any] = {"role": role, "content": content or ""}
+        for key, value in (("name", self.name), ("tool_call_id", self.tool_call_id)):
+            if value is not None:
+                message[key] = value
+        if self.tool_calls:
+            calls = enumerate(self.tool_calls)
+            message["tool_calls"] = [
+                call.for_template(argument_objects, f"{where}.tool_calls[{i}]") for i, call in calls
+            ]
+        return message
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):

@@ -23,6 +23,33 @@ CHATS = [
     [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
     [{"role": "assistant", "content": "first"}],
 ]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a <city>.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "Where"}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+def tool_chat(arguments: object) -> list[dict[str, object]]:
+    call = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Rain in Łódź?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": '{"rain": true}'},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "And tomorrow?"},
+    ]
+
+
+TOOL_CHATS = [tool_chat({"city": "Łódź", "days": 1}), tool_chat('{"city": "Łódź", "days": 1}')]
 
 
 @pytest.mark.parametrize("relative", TEMPLATES or [None], ids=str)
@@ -30,17 +57,19 @@ def test_renders_as_transformers(relative):
     chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
     source = shared(str(relative or "chat_templates")).read_text()
     ours = ChatTemplate(source, SPECIAL, str(relative))
-    for chat in CHATS:
+    cases = [(chat, None) for chat in CHATS] + [(chat, tools) for chat in TOOL_CHATS for tools in (None, [WEATHER])]
+    for chat, tools in cases:
         for generation in (True, False):
             try:
                 theirs = chat_template_utils.render_jinja_template(
-                    [chat], chat_template=source, add_generation_prompt=generation, **SPECIAL
+                    [chat], tools, chat_template=source, add_generation_prompt=generation, **SPECIAL
                 )[0][0]
-            except Exception:
-                with pytest.raises(RequestError):
-                    ours.render(chat, generation)
+            except Exception as error:
+                with pytest.raises(RequestError) as refusal:
+                    ours.render(chat, generation, tools=tools)
+                assert str(refusal.value).endswith(str(error))  # noqa: PT017 (the reference's own words)
             else:
-                assert ours.render(chat, generation) == theirs
+                assert ours.render(chat, generation, tools=tools) == theirs
 
 
 def render(source: str, **variables: object) -> str:
@@ -50,6 +79,24 @@ def render(source: str, **variables: object) -> str:
 def test_the_templates_own_words_reach_the_user():
     with pytest.raises(RequestError, match="roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}")
+
+
+CALLS = "{% for m in messages %}{% for c in m.tool_calls %}EXPRESSION{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("expression", "objects"),
+    [
+        ("{{ c.function.arguments | tojson }}", True),
+        ("{% for name, value in c.function.arguments | items %}<{{ name }}>{% endfor %}", True),
+        ("{{ '```json\n' + c.function.arguments }}", False),
+        ("{{ c.function.arguments }}", False),
+        ("", True),
+    ],
+)
+def test_how_a_template_takes_the_arguments_of_calls(expression: str, objects: bool):
+    template = ChatTemplate(CALLS.replace("EXPRESSION", expression), SPECIAL, "template")
+    assert template.takes_argument_objects == objects
 
 
 def test_variables_reach_a_template_that_names_them():

@@ -22,7 +22,9 @@ from tests.conftest import shared
 ROOT = Path(__file__).resolve().parents[2]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}Once upon{% endif %}"
+    "{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}\n"
+    "{% endfor %}{% if add_generation_prompt %}Once upon{% endif %}"
 )
 
 

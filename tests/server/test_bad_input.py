@@ -93,7 +93,10 @@ def test_completions(server: Server, body: dict, param: str, stream: bool):
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
          "messages[0].content"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].function"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
+         "messages[0].tool_calls[0].function.arguments"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
         ({"messages": [{"role": "tool", "content": "5"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "dog " * 600}]}, "prompt"),
         ({"messages": [{"role": "user", "content": "dog " * 100000}]}, "messages"),
@@ -114,6 +117,11 @@ def test_completions(server: Server, body: dict, param: str, stream: bool):
 )  # fmt: skip
 def test_chat(server: Server, body: dict, param: str):
     assert error(server.post(CHATS, body), 400)["param"] == param
+
+
+def test_what_a_template_says_when_it_refuses_reaches_the_user(server: Server):
+    failure = error(server.post(CHATS, {"messages": [{"role": "tool", "content": "5"}]}), 400)
+    assert "no tools here" in failure["message"]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,18 @@ def test_chat_streamed_is_chat_whole(client):
     }
 
 
+def test_an_earlier_tool_call_reaches_the_template(client):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":  1}'}}
+    user = {"role": "user", "content": "Hi"}
+    turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "assistant", "content": '{"a": 1}'}]
+    answers = [
+        client.chat.completions.create(model=MODEL, messages=[turn, user], max_tokens=10, temperature=0)
+        for turn in turns
+    ]
+    assert answers[0].usage.prompt_tokens == answers[1].usage.prompt_tokens
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+
+
 def test_completion_is_what_transformers_generates(client, chat_folder):
     transformers = pytest.importorskip("transformers")
     import torch
