@@ -31,14 +31,14 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from engine.kernels.cache import cache_gather_triton, cache_write_triton
+from engine.kernels.gated_mul import gated_mul_triton
 from engine.kernels.gqa_decode import gqa_decode_triton
 from engine.kernels.gqa_prefill import gqa_prefill_triton
 from engine.kernels.mla_decode import mla_decode_triton
 from engine.kernels.mla_prefill import merge_partial_triton, mla_prefill_triton
-from engine.kernels.norm import add_rms_norm_triton, rms_norm_triton
+from engine.kernels.norm import add_rms_norm_triton, head_norm_triton_, rms_norm_triton
 from engine.kernels.rope import rope_triton_
 from engine.kernels.sample import SamplingTensors, sample_triton
-from engine.kernels.silu_mul import silu_mul_triton
 
 Case = tuple[str, Callable[[], object]]  # what it is, and a call that launches it
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory one program may have
@@ -139,30 +139,40 @@ def paged(width: int, batch: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     return meta(1000, 64, width), meta(batch, 128, dtype=torch.int32), meta(batch, dtype=torch.int32)
 
 
-def mla_cases(rank: int, rope: int, heads: int, splits: int = 8) -> Iterator[Case]:
+Limits = tuple[int | None, float | None]  # the sliding window, and the cap of scores
+NO_LIMITS: Limits = (None, None)
+GEMMA2: Limits = (4096, 50.0)
+
+
+def mla_cases(rank: int, rope: int, heads: int, splits: int = 8, limits: Limits = NO_LIMITS) -> Iterator[Case]:
     q = meta(64, heads, rank + rope)
     yield (
-        f"mla decode {rank}+{rope}, {heads} heads, {splits} splits",
-        lambda: mla_decode_triton(q, *paged(rank + rope), rank, 1.0, 8192, splits),
+        f"mla decode {rank}+{rope}, {heads} heads, {splits} splits{limited(limits)}",
+        lambda: mla_decode_triton(q, *paged(rank + rope), rank, 1.0, 8192, *limits, splits),
     )
 
 
-def mla_prefill_cases(nope: int, rope: int, value: int) -> Iterator[Case]:
+def limited(limits: Limits) -> str:
+    return "" if limits == NO_LIMITS else f", window {limits[0]}, cap {limits[1]}"
+
+
+def mla_prefill_cases(nope: int, rope: int, value: int, limits: Limits = NO_LIMITS) -> Iterator[Case]:
     def call() -> None:
         bounds, starts = meta(9, dtype=torch.int32), meta(8, dtype=torch.int32)
         q, kv, k_rope = meta(4096, 32, nope + rope), meta(8192, 32, nope + value), meta(8192, 1, rope)
-        mla_prefill_triton(q, kv, k_rope, bounds, bounds, starts, starts, nope, 1.0)
+        mla_prefill_triton(q, kv, k_rope, bounds, bounds, starts, starts, nope, 1.0, *limits)
 
-    yield f"mla prefill keys {nope}+{rope}, values {value}", call
+    yield f"mla prefill keys {nope}+{rope}, values {value}{limited(limits)}", call
 
 
-def gqa_cases(heads: int, kv_heads: int, dim: int) -> Iterator[Case]:
+def gqa_cases(heads: int, kv_heads: int, dim: int, limits: Limits = NO_LIMITS) -> Iterator[Case]:
     width, bounds = 2 * kv_heads * dim, meta(65, dtype=torch.int32)
-    shape = f"{heads}/{kv_heads} heads of {dim}"
+    shape = f"{heads}/{kv_heads} heads of {dim}{limited(limits)}"
     decode_q, prefill_q = meta(64, heads, dim), meta(4096, heads, dim)
-    yield f"gqa decode {shape}", lambda: gqa_decode_triton(decode_q, *paged(width), kv_heads, 1.0, 8192, 8)
+    yield f"gqa decode {shape}", lambda: gqa_decode_triton(decode_q, *paged(width), kv_heads, 1.0, 8192, *limits, 8)
     cache, tables, lens = paged(width)
-    yield f"gqa prefill {shape}", lambda: gqa_prefill_triton(prefill_q, cache, tables, bounds, lens, kv_heads, 1.0)
+    prefill = prefill_q, cache, tables, bounds, lens, kv_heads, 1.0, *limits
+    yield f"gqa prefill {shape}", lambda: gqa_prefill_triton(*prefill)
 
 
 def other_cases() -> Iterator[Case]:
@@ -171,7 +181,9 @@ def other_cases() -> Iterator[Case]:
     yield "rms norm 4096", lambda: rms_norm_triton(hidden, hidden[0], 1e-5)
     yield "add + rms norm 4096", lambda: add_rms_norm_triton(hidden, hidden, hidden[0], 1e-5)
     yield "rotation 33 heads of 64", lambda: rope_triton_(meta(64, 33, 64), meta(64, 1, 32, 2, dtype=torch.float32))
-    yield "gated silu 14336", lambda: silu_mul_triton(meta(64, 28672))
+    yield "gated silu 14336", lambda: gated_mul_triton(meta(64, 28672))
+    yield "gated gelu 14336", lambda: gated_mul_triton(meta(64, 28672), "gelu_tanh")
+    yield "head norm 40 heads of 128", lambda: head_norm_triton_(meta(64, 40, 128), meta(40, 128), 1e-6)
     cache, tables, lens = paged(576)
     yield "cache write 576", lambda: cache_write_triton(cache, meta(64, 576), meta(64, dtype=torch.int64))
     yield "cache gather 576", lambda: cache_gather_triton(cache, tables, lens, bounds, 4096)
@@ -191,6 +203,9 @@ def cases(full: bool) -> Iterator[Case]:
     yield from mla_cases(128, 32, 32, splits=1)
     yield from mla_prefill_cases(128, 64, 128)
     yield from gqa_cases(32, 8, 128)
+    yield from mla_cases(512, 64, 16, limits=GEMMA2)
+    yield from mla_prefill_cases(256, 64, 256, limits=GEMMA2)
+    yield from gqa_cases(16, 8, 256, limits=GEMMA2)
     yield from other_cases()
     if full:
         for rank, rope, heads in itertools.product((128, 192, 256, 448, 512), (32, 64), (8, 16, 28, 32, 64, 128)):
@@ -207,6 +222,11 @@ def cases(full: bool) -> Iterator[Case]:
             (256, 64, 256),
         ):
             yield from mla_prefill_cases(nope, rope, value)
+        for limits in (GEMMA2, (4096, None)):
+            yield from mla_cases(448, 64, 28, limits=limits)
+            yield from mla_cases(512, 64, 128, limits=limits)
+            yield from mla_prefill_cases(128, 64, 128, limits=limits)
+            yield from gqa_cases(32, 8, 128, limits=limits)
         for heads, kv_heads, dim in ((32, 4, 64), (28, 4, 128), (14, 2, 64), (8, 8, 80), (16, 8, 256)):
             yield from gqa_cases(heads, kv_heads, dim)
 

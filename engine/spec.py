@@ -46,6 +46,20 @@ class GQASpec:
 
 
 @dataclass(frozen=True)
+class HeadNormSpec:
+    """Of a latent layer whose queries and keys are normalised head by head before anything else becomes of them.
+
+    It projects queries, keys and values as the grouped-query attention that it was converted from, H heads and
+    `num_kv_heads` of `head_dim` channels; queries and keys go through an RMSNorm; linear maps make of each head's query
+    its rope query (the query itself is its nope query) and of all heads' [keys | values] the cache row.
+    """
+
+    num_kv_heads: int  # g
+    head_dim: int  # D
+    eps: float
+
+
+@dataclass(frozen=True)
 class MLASpec:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the cache row is [latent r | rope keys].
 
@@ -65,11 +79,12 @@ class MLASpec:
     q_lora_rank: int | None = None  # a number: queries are projected to this many channels, normalised, and up
     q_norm_eps: float | None = None  # of that norm; None without q_lora_rank
     latent_norm_eps: float | None = None  # None: the latent is cached as projected
-    q_bias: bool = False  # of q_proj; with q_lora_rank, of q_a_proj
+    q_bias: bool = False  # of q_proj; with q_lora_rank, of q_a_proj; with head_norm, of q_proj, k_proj and v_proj
     kv_a_bias: bool = False
     o_bias: bool = False
     sliding_window: int | None = None  # as GQASpec's
     score_softcap: float | None = None  # as GQASpec's
+    head_norm: HeadNormSpec | None = None  # then qk_nope_head_dim is its head_dim, or 0, and q_lora_rank None
 
     @property
     def rope_width(self) -> int:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import mla_format
+from engine.checkpoint.gemma2 import read_gemma2
 from engine.checkpoint.generation import GenerationDefaults, read_generation_defaults
 from engine.checkpoint.json_file import read_json_object
 from engine.checkpoint.layout import DTYPES, check_tensors, expected_tensors, layer_tensors, outer_tensors, stored_name
-from engine.checkpoint.llama import read_llama, read_mistral, read_qwen2
+from engine.checkpoint.llama import read_llama, read_mimo, read_mistral, read_qwen2, read_qwen3
 from engine.checkpoint.tensor_files import StoredTensor, TensorFiles
 from engine.errors import CheckpointError
 from engine.spec import ModelSpec
@@ -33,6 +34,7 @@ class Family:
 
     read: Callable[[dict[str, Any], str], ModelSpec]  # (config.json, dtype of the stored weights) -> ModelSpec
     rename: Callable[[str], str] = str  # canonical name of a layer's tensor -> the family's own
+    unused: re.Pattern[str] = re.compile("(?!)")  # tensors that the forward pass has no part for; by default none
 
 
 # By model_type. Families are told apart here alone.
@@ -40,6 +42,9 @@ FAMILIES = {
     "llama": Family(read_llama),
     "mistral": Family(read_mistral),
     "qwen2": Family(read_qwen2),
+    "qwen3": Family(read_qwen3),
+    "gemma2": Family(read_gemma2),
+    "mimo": Family(read_mimo, unused=re.compile(r"model\.mtp_layers\..*")),
     mla_format.MODEL_TYPE: Family(mla_format.spec_from_config),
 }
 
@@ -91,7 +96,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     family = FAMILIES[model_type]
     files = TensorFiles(folder)
-    entries = {name: entry for name, entry in files.entries.items() if not IGNORED.fullmatch(name)}
+    ignored = (IGNORED, family.unused)
+    entries = {n: entry for n, entry in files.entries.items() if not any(kind.fullmatch(n) for kind in ignored)}
     try:
         spec = family.read(config, _stored_dtype(folder, entries))
     except CheckpointError as error:

@@ -10,6 +10,7 @@ from engine.errors import CheckpointError
 from engine.spec import (
     GatedMLPSpec,
     GQASpec,
+    HeadNormSpec,
     LayerSpec,
     MLASpec,
     MLPSpec,
@@ -74,12 +75,20 @@ def _gqa_tensors(a: GQASpec, hidden: int) -> dict[str, Shape]:
 
 def _mla_tensors(a: MLASpec, hidden: int) -> dict[str, Shape]:
     q, kv = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim), a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
-    if a.q_lora_rank is None:
+    row_of = hidden  # channels that the cache row is a projection of
+    if a.head_norm is not None:
+        dim, keys = a.head_norm.head_dim, a.head_norm.num_kv_heads * a.head_norm.head_dim
+        shapes = _linear("q_proj", a.num_heads * dim, hidden, a.q_bias)
+        shapes |= _linear("k_proj", keys, hidden, a.q_bias) | _linear("v_proj", keys, hidden, a.q_bias)
+        shapes |= {"q_norm.weight": (dim,), "k_norm.weight": (dim,)}
+        shapes |= _linear("q_rope_proj", a.num_heads * a.qk_rope_head_dim, dim)
+        row_of = 2 * keys
+    elif a.q_lora_rank is None:
         shapes = _linear("q_proj", q, hidden, a.q_bias)
     else:
         shapes = _linear("q_a_proj", a.q_lora_rank, hidden, a.q_bias)
         shapes |= {"q_a_layernorm.weight": (a.q_lora_rank,)} | _linear("q_b_proj", q, a.q_lora_rank)
-    shapes |= _linear("kv_a_proj_with_mqa", a.cache_width, hidden, a.kv_a_bias)
+    shapes |= _linear("kv_a_proj_with_mqa", a.cache_width, row_of, a.kv_a_bias)
     if a.latent_norm_eps is not None:
         shapes["kv_a_layernorm.weight"] = (a.kv_lora_rank,)
     shapes |= _linear("kv_b_proj", kv, a.kv_lora_rank)
@@ -154,10 +163,10 @@ def check_spec(spec: ModelSpec) -> None:
     for i, layer in enumerate(spec.layers):
         where = f"layer {i}: "
         _check(layer.mlp.intermediate_size >= 1, f"{where}intermediate_size must be at least 1")
-        for name in ("sliding_window", "score_softcap"):
-            _check(getattr(layer.attention, name) is None, f"{where}{name} is not supported")
-        plain = isinstance(layer.mlp, GatedMLPSpec) and layer.mlp.activation == "silu"
-        _check(plain, f"{where}an MLP other than gated SiLU is not supported")
+        window, cap = layer.attention.sliding_window, layer.attention.score_softcap
+        _check(window is None or 1 <= window < 2**31, f"{where}sliding_window must be null or at least 1")
+        _check(cap is None or _positive(cap), f"{where}score_softcap must be null or positive")
+        _check(isinstance(layer.mlp, GatedMLPSpec), f"{where}an MLP other than a gated one is not supported")
         _check(_positive(layer.attention.softmax_scale), f"{where}softmax_scale must be a positive number")
         if isinstance(layer.attention, GQASpec):
             _check_gqa(layer.attention, where)
@@ -172,7 +181,7 @@ def _check_gqa(a: GQASpec, where: str) -> None:
         a.num_heads % a.num_kv_heads == 0, f"{where}{a.num_heads} heads do not share {a.num_kv_heads} KV heads evenly"
     )
     _check(a.head_dim % 2 == 0, f"{where}head_dim {a.head_dim} is odd, which rotary embedding cannot use")
-    _check(a.qk_norm_eps is None, f"{where}qk_norm_eps is not supported")
+    _check(a.qk_norm_eps is None or _positive(a.qk_norm_eps), f"{where}qk_norm_eps must be null or positive")
     _check_rope(a.rope, a.head_dim // 2, where)
 
 
@@ -190,7 +199,17 @@ def _check_mla(a: MLASpec, where: str) -> None:
     _check(
         a.latent_norm_eps is None or _positive(a.latent_norm_eps), f"{where}latent_norm_eps must be null or positive"
     )
+    if a.head_norm is not None:
+        _check_head_norm(a, a.head_norm, where)
     _check_rope(a.rope, a.rope_width // 2, where)
+
+
+def _check_head_norm(a: MLASpec, norm: HeadNormSpec, where: str) -> None:
+    for name in ("num_kv_heads", "head_dim"):
+        _check(getattr(norm, name) >= 1, f"{where}head_norm: {name} must be at least 1")
+    _check(_positive(norm.eps), f"{where}head_norm: eps must be a positive number")
+    _check(a.qk_nope_head_dim in (0, norm.head_dim), f"{where}qk_nope_head_dim must be 0 or head_norm's head_dim")
+    _check(a.q_lora_rank is None, f"{where}head_norm and q_lora_rank exclude each other")
 
 
 def _check_rope(rope: RopeSpec, frequencies: int, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face configs of the Llama architecture and its near kin, Mistral and Qwen2 -> ModelSpec.
+"""Hugging Face configs of the Llama architecture and its near kin, Mistral, Qwen2, Qwen3 and MiMo -> ModelSpec.
 
 A key that this reader does not know is refused unless it is unset (null, false, 0 or empty), is among the HARMLESS, or
 starts with "_": what changes the mathematics must not pass unseen, and a key known to be harmless can be deleted.
@@ -6,8 +6,9 @@ starts with "_": what changes the mathematics must not pass unseen, and a key kn
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -16,20 +17,26 @@ from engine.checkpoint.json_file import LayerCount, Size, typed
 from engine.checkpoint.layout import check_spec
 from engine.checkpoint.rope import read_rope
 from engine.errors import CheckpointError
-from engine.spec import GatedMLPSpec, GQASpec, LayerSpec, ModelSpec
+from engine.spec import Activation, GatedMLPSpec, GQASpec, LayerSpec, ModelSpec
 
 # Keys that say nothing about what the model computes: bookkeeping, training, and defaults of decoding.
 _BOOKKEEPING = (
-    "architectures attention_dropout attn_implementation base_model_name_or_path bos_token_id chunk_size_feed_forward "
-    "classifier_dropout diversity_penalty do_sample dtype early_stopping eos_token_id id2label initializer_range "
-    "is_decoder is_llama_config label2id length_penalty max_length max_new_tokens max_sequence_length min_length "
-    "model_max_length model_type name_or_path num_beam_groups num_beams num_labels num_return_sequences "
-    "output_attentions output_hidden_states output_scores pad_token_id pretraining_tp problem_type "
-    "repetition_penalty return_dict return_dict_in_generate suppress_tokens task_specific_params temperature "
-    "tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version typical_p unsloth_fixed "
-    "unsloth_version use_cache"
+    "architectures attention_dropout attn_implementation base_model_name_or_path bos_token_id cache_implementation "
+    "chunk_size_feed_forward classifier_dropout diversity_penalty do_sample dtype early_stopping eos_token_id "
+    "id2label initializer_range is_decoder is_llama_config label2id length_penalty max_length max_new_tokens "
+    "max_sequence_length min_length model_max_length model_type name_or_path num_beam_groups num_beams num_labels "
+    "num_return_sequences output_attentions output_hidden_states output_scores pad_token_id pretraining_tp "
+    "problem_type repetition_penalty return_dict return_dict_in_generate suppress_tokens task_specific_params "
+    "temperature tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version typical_p "
+    "unsloth_fixed unsloth_version use_cache"
 )
 HARMLESS = frozenset(_BOOKKEEPING.split())
+
+# hidden_act -> the function's name here; some have several names there.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh", "relu2": "relu_squared",
+}  # fmt: skip
 
 
 class LlamaConfig(msgspec.Struct, kw_only=True):
@@ -50,12 +57,15 @@ class LlamaConfig(msgspec.Struct, kw_only=True):
     mlp_bias: bool = False
     sliding_window: int | None = None
     use_sliding_window: bool = False
-    max_window_layers: int | None = None
+    max_window_layers: int = 28
     layer_types: list[str] | None = None
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_theta: float | None = None
     partial_rotary_factor: float | None = None
+
+
+Config = TypeVar("Config", bound=LlamaConfig)
 
 
 @dataclass(frozen=True)
@@ -67,36 +77,89 @@ class Biases:
 
 def read_llama(raw: dict[str, Any], dtype: str) -> ModelSpec:
     """`raw`: config.json; `dtype`: of the stored weights. Raises CheckpointError, naming the key."""
-    config = _typed_config(raw)
-    return _spec(config, raw, dtype, Biases(config.attention_bias, config.attention_bias, config.mlp_bias))
+    config = typed_config(raw, LlamaConfig)
+    window, sliding = config.sliding_window, sliding_layers(config, [False] * config.num_hidden_layers)
+    if any(sliding) or (window is not None and window < config.max_position_embeddings):
+        raise CheckpointError(
+            f"sliding_window {window} and layer_types: a llama model with sliding windows is not supported; to use it "
+            "where they make no difference, set max_position_embeddings to the window and delete both keys"
+        )
+    return _model(config, raw, dtype, Biases(config.attention_bias, config.attention_bias, config.mlp_bias), sliding)
 
 
 def read_mistral(raw: dict[str, Any], dtype: str) -> ModelSpec:
-    """Llama without biases, with a sliding window unless it is null: `transformers` takes an absent one as 4096."""
-    return _spec(_typed_config({"sliding_window": 4096, **raw}), raw, dtype, Biases(False, False, False))
+    """Llama without biases, all layers with a sliding window unless it is null; an absent one is 4096."""
+    config = typed_config({"sliding_window": 4096, **raw}, LlamaConfig)
+    everywhere = [config.sliding_window is not None] * config.num_hidden_layers
+    if sliding_layers(config, everywhere) != everywhere:
+        raise CheckpointError(
+            "layer_types contradicts sliding_window, which all layers of a mistral model have or none"
+        )
+    return _model(config, raw, dtype, Biases(False, False, False), everywhere)
 
 
 def read_qwen2(raw: dict[str, Any], dtype: str) -> ModelSpec:
-    """Llama with biases on queries, keys and values, and a sliding window where use_sliding_window says so."""
-    config = _typed_config(raw)
-    if not config.use_sliding_window:
-        config.sliding_window = None
-    return _spec(config, raw, dtype, Biases(True, False, False))
+    """Llama with biases on queries, keys and values, and a sliding window in some layers where use_sliding_window."""
+    config = typed_config(raw, LlamaConfig)
+    return _model(config, raw, dtype, Biases(True, False, False), qwen_sliding_layers(config))
 
 
-def _typed_config(raw: dict[str, Any]) -> LlamaConfig:
+def read_qwen3(raw: dict[str, Any], dtype: str) -> ModelSpec:
+    """Qwen2 without biases unless attention_bias, and with queries and keys normalised head by head."""
+    config = typed_config({"head_dim": 128, **raw}, LlamaConfig)
+    biases = Biases(config.attention_bias, config.attention_bias, False)
+    spec = _model(config, raw, dtype, biases, qwen_sliding_layers(config))
+    return replace(spec, layers=tuple(map(normed, spec.layers, [config.rms_norm_eps] * len(spec.layers))))
+
+
+def read_mimo(raw: dict[str, Any], dtype: str) -> ModelSpec:
+    """Qwen2; its layers for predicting several tokens at once (`model.mtp_layers.*`) are left out."""
+    own = ("auto_map", "num_nextn_predict_layers")
+    return read_qwen2({key: value for key, value in raw.items() if key not in own}, dtype)
+
+
+def normed(layer: LayerSpec, eps: float) -> LayerSpec:
+    """The layer with its queries and keys normalised head by head."""
+    assert isinstance(layer.attention, GQASpec)
+    return replace(layer, attention=replace(layer.attention, qk_norm_eps=eps))
+
+
+def typed_config(raw: dict[str, Any], kind: type[Config]) -> Config:
+    """Raises CheckpointError, naming the key, where one is missing, of the wrong type or not understood."""
     for key, value in raw.items():
-        known = key in LlamaConfig.__struct_fields__ or key in HARMLESS or key.startswith("_")
+        known = key in kind.__struct_fields__ or key in HARMLESS or key.startswith("_")
         if not known and value not in (None, False, 0, "", [], {}):
             raise CheckpointError(
                 f"{key} ({value!r:.60}) is not understood; delete it from the file if what the model computes does not "
                 "depend on it"
             )
-    return typed({key: value for key, value in raw.items() if value is not None}, LlamaConfig)
+    return typed({key: value for key, value in raw.items() if value is not None}, kind)
 
 
-def _spec(config: LlamaConfig, raw: dict[str, Any], dtype: str, biases: Biases) -> ModelSpec:
-    _check_supported(config)
+def sliding_layers(config: LlamaConfig, default: list[bool]) -> list[bool]:
+    """Which layers have the sliding window: `layer_types`, or the default where the key is not there."""
+    if config.layer_types is None:
+        return default
+    for kind in config.layer_types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise CheckpointError(
+                f"layer_types: {kind!r:.40} is not supported; supported: full_attention, sliding_attention"
+            )
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise CheckpointError(f"layer_types has {len(config.layer_types)} entries, expected {config.num_hidden_layers}")
+    return [kind == "sliding_attention" for kind in config.layer_types]
+
+
+def qwen_sliding_layers(config: LlamaConfig) -> list[bool]:
+    """Where use_sliding_window: those of `layer_types`, by default all from number max_window_layers on."""
+    if not config.use_sliding_window:
+        config.sliding_window = None
+    has = config.sliding_window is not None
+    return sliding_layers(config, [has and i >= config.max_window_layers for i in range(config.num_hidden_layers)])
+
+
+def attention_specs(config: LlamaConfig, raw: dict[str, Any], biases: Biases, sliding: Sequence[bool]) -> list[GQASpec]:
+    """Each layer's attention. A window that is no shorter than the context is none."""
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     if not config.head_dim and config.hidden_size % config.num_attention_heads:
         raise CheckpointError(
@@ -107,7 +170,10 @@ def _spec(config: LlamaConfig, raw: dict[str, Any], dtype: str, biases: Biases) 
         raise CheckpointError(
             f"num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
-    attention = GQASpec(
+    window = config.sliding_window
+    if any(sliding) and (window is None or window < 1):
+        raise CheckpointError(f"sliding_window {window}: expected at least 1, since there are layers that have one")
+    full = GQASpec(
         num_heads=config.num_attention_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -116,29 +182,32 @@ def _spec(config: LlamaConfig, raw: dict[str, Any], dtype: str, biases: Biases) 
         qkv_bias=biases.qkv,
         o_bias=biases.o,
     )
-    layer = LayerSpec(attention, GatedMLPSpec(config.intermediate_size, biases.mlp))
-    spec = ModelSpec(
+    shorter = window is not None and window < config.max_position_embeddings
+    windowed = replace(full, sliding_window=window) if shorter else full
+    return [windowed if slides else full for slides in sliding]
+
+
+def gated_mlp(config: LlamaConfig, activation: str, bias: bool) -> GatedMLPSpec:
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(f"hidden_act {activation!r:.40} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    return GatedMLPSpec(config.intermediate_size, bias, ACTIVATIONS[activation])
+
+
+def model_spec(config: LlamaConfig, dtype: str, layers: Sequence[LayerSpec]) -> ModelSpec:
+    return ModelSpec(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         norm_eps=config.rms_norm_eps,
         max_position_embeddings=config.max_position_embeddings,
         tie_embeddings=config.tie_word_embeddings,
         dtype=dtype,
-        layers=(layer,) * config.num_hidden_layers,
+        layers=tuple(layers),
     )
+
+
+def _model(config: LlamaConfig, raw: dict[str, Any], dtype: str, biases: Biases, sliding: Sequence[bool]) -> ModelSpec:
+    mlp = gated_mlp(config, config.hidden_act, biases.mlp)
+    attentions = attention_specs(config, raw, biases, sliding)
+    spec = model_spec(config, dtype, [LayerSpec(attention, mlp) for attention in attentions])
     check_spec(spec)
     return spec
-
-
-def _check_supported(config: LlamaConfig) -> None:
-    if config.hidden_act not in ("silu", "swish"):  # one function under two names
-        raise CheckpointError(f"hidden_act {config.hidden_act!r:.40} is not supported; supported: silu")
-    window = config.sliding_window
-    if window is not None and window < config.max_position_embeddings:
-        raise CheckpointError(
-            f"sliding_window {window} is not supported; to use the model where it makes no difference, set "
-            f"max_position_embeddings to {window}"
-        )
-    for kind in config.layer_types or ():
-        if kind != "full_attention":
-            raise CheckpointError(f"layer_types: {kind!r:.40} is not supported; supported: full_attention")

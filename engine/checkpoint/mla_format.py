@@ -13,7 +13,17 @@ from typing import Any, TypeVar, get_type_hints
 from engine.checkpoint.json_file import typed
 from engine.checkpoint.layout import check_spec
 from engine.errors import CheckpointError
-from engine.spec import GatedMLPSpec, LayerSpec, MLASpec, MLPSpec, ModelSpec, MoESpec, PlainMLPSpec, RopeSpec
+from engine.spec import (
+    GatedMLPSpec,
+    HeadNormSpec,
+    LayerSpec,
+    MLASpec,
+    MLPSpec,
+    ModelSpec,
+    MoESpec,
+    PlainMLPSpec,
+    RopeSpec,
+)
 
 MODEL_TYPE = "mla_server"
 FORMAT_VERSION = 1
@@ -63,6 +73,8 @@ def spec_from_config(config: dict[str, Any], dtype: str) -> ModelSpec:
         _check_keys(layer, {field.name for field in fields(LayerSpec)}, where)
         _, attention = _of_kind(layer["attention"], ("mla",), f"{where}.attention")
         attention["rope"] = _pick(ropes, attention.get("rope"), f"{where}.attention.rope")
+        if isinstance(norm := attention.get("head_norm"), dict):
+            _read(norm, HeadNormSpec, f"{where}.attention.head_norm")
         kind, mlp = _of_kind(layer["mlp"], tuple(MLPS), f"{where}.mlp")
         layers.append(
             LayerSpec(

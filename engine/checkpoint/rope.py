@@ -28,6 +28,13 @@ class _Default(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return 1.0 / self.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
 
 
+class _Dynamic(_Default):
+    """NTK scaling that starts where the context ends: within max_position_embeddings, which the engine never leaves,
+    nothing is scaled."""
+
+    factor: Positive
+
+
 class _Linear(_Default):
     """Position interpolation (arXiv 2306.15595)."""
 
@@ -99,7 +106,9 @@ class _Yarn(_Default):
         return of(1.0)
 
 
-KINDS: dict[str, type[_Default]] = {"default": _Default, "linear": _Linear, "llama3": _Llama3, "yarn": _Yarn}
+KINDS: dict[str, type[_Default]] = {
+    "default": _Default, "dynamic": _Dynamic, "linear": _Linear, "llama3": _Llama3, "yarn": _Yarn,
+}  # fmt: skip
 
 
 def read_rope(config: dict[str, Any], head_dim: int, max_position: int) -> RopeSpec:

@@ -3,6 +3,9 @@
 Softmax runs in base 2 (scores come multiplied by log2 e). Scores nobody may see are -inf while the running maximum
 starts at -1e30, which is finite: so no difference of the two is ever NaN, and a row that sees nothing ends with a sum
 of 0.
+
+WINDOW is how many tokens a query sees, itself among them, 0 for all before it; CAP is 0 where scores are not capped.
+Both are constants of the compiled kernel, so that models with neither pay for neither.
 """
 
 from __future__ import annotations
@@ -10,6 +13,11 @@ from __future__ import annotations
 from engine.kernels._triton import jit, next_power_of_2, tl
 
 LOG2_E = 1.4426950408889634
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """-> what `base_2_scores` multiplies by, and its CAP: scores become softcap * tanh(scale * score / softcap)."""
+    return (scale * LOG2_E, 0.0) if softcap is None else (2 * scale / softcap * LOG2_E, softcap * LOG2_E)
 
 
 def padded_count(num_seqs: int) -> int:
@@ -85,6 +93,15 @@ def store_columns(
     if START + SIZE > END:
         mask = mask & (columns < END)[None, :]
     tl.store(rows[:, None] + columns[None, :], values.to(rows.dtype.element_ty), mask=mask)
+
+
+@jit
+def base_2_scores(products: tl.tensor, factor: float, CAP: tl.constexpr) -> tl.tensor:
+    """Dot products of queries and keys -> scores times log2 e; tanh x is 1 - 2 / (1 + exp 2x)."""
+    if CAP > 0:
+        return CAP - 2 * CAP / (1 + tl.exp2(products * factor))
+    else:
+        return products * factor
 
 
 @jit

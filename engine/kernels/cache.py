@@ -111,18 +111,24 @@ def cache_gather(cache: Tensor, block_tables: Tensor, starts: Tensor, cu_rows: T
     return implementation(cache, block_tables, starts, cu_rows, total)
 
 
-def padded_rows(cache: Tensor, block_tables: Tensor, kv_lens: Tensor, max_kv_len: int) -> tuple[Tensor, Tensor | None]:
-    """Every sequence's rows, padded to the longest -> ([B, max_kv_len, width], bool [B, max_kv_len] of the padding).
+def padded_rows(
+    cache: Tensor, block_tables: Tensor, kv_lens: Tensor, max_kv_len: int, window: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Every sequence's last `window` rows (None: all), padded to the most of any -> ([B, S, width], padding [B, S]).
 
     The padding repeats the sequence's own last row, so nothing stale is read; it is None where there is none. Plain
     torch, for the definitions of decode attention. max_kv_len == max(kv_lens).
     """
     num_seqs, block_size, width = len(kv_lens), cache.shape[1], cache.shape[2]
+    count = max_kv_len if window is None else min(window, max_kv_len)
     if num_seqs == 1:
-        blocks = block_tables[0, : -(-max_kv_len // block_size)]
-        return cache.flatten(1).index_select(0, blocks).view(1, -1, width)[:, :max_kv_len], None
-    positions = torch.arange(max_kv_len, device=cache.device)
+        before = max_kv_len - count
+        blocks = block_tables[0, before // block_size : -(-max_kv_len // block_size)]
+        rows = cache.flatten(1).index_select(0, blocks).view(1, -1, width)
+        return rows[:, before % block_size :][:, :count], None
+    starts = (kv_lens[:, None] - count).clamp_(min=0)
+    positions = starts + torch.arange(count, device=cache.device)
     own = torch.minimum(positions, (kv_lens[:, None] - 1).clamp_(min=0))
     index = block_tables.gather(1, own // block_size) * block_size + own % block_size
-    rows = cache.view(-1, width).index_select(0, index.flatten()).view(num_seqs, max_kv_len, width)
+    rows = cache.view(-1, width).index_select(0, index.flatten()).view(num_seqs, count, width)
     return rows, positions >= kv_lens[:, None]

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from engine.kernels._triton import jit, jit_for_any, next_power_of_2, tl
 from engine.kernels.attention_parts import (
-    LOG2_E,
+    base_2_scores,
     find_tile,
     load_columns,
     padded_count,
+    score_factors,
     softmax_end,
     softmax_start,
     softmax_step,
@@ -34,6 +35,8 @@ def mla_prefill_torch(
     k_starts: Tensor,
     nope_dim: int,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, one sequence at a time."""
     num_heads, groups = q.shape[1], k_rope.shape[1]
@@ -46,7 +49,7 @@ def mla_prefill_torch(
             continue
         keys = torch.cat((kv[k0:k1, :, :nope_dim], k_rope[k0:k1].repeat_interleave(num_heads // groups, 1)), -1)
         queries, keys, values = (x.transpose(0, 1)[:, None] for x in (q[q0:q1], keys, kv[k0:k1, :, nope_dim:]))
-        attended, log_sum = causal_attention(queries, keys, values, offset, scale)  # [H, 1, Q, v], [H, 1, Q]
+        attended, log_sum = causal_attention(queries, keys, values, offset, scale, window, softcap)  # [H, 1, Q, *]
         out[q0:q1] = attended[:, 0].transpose(0, 1)
         lse[q0:q1] = log_sum[:, 0].T
     return out, lse
@@ -63,7 +66,7 @@ def _mla_prefill_kernel(
     k_starts_ptr: tl.tensor,  # int32 [B]
     out_ptr: tl.tensor,  # [T, H, VALUE]
     lse_ptr: tl.tensor,  # fp32 [T, H]
-    scale: float,  # times log2 e
+    factor: float,  # of base_2_scores
     num_seqs: int,
     num_heads: int,
     num_groups: int,
@@ -82,6 +85,8 @@ def _mla_prefill_kernel(
     SEQS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     head = tl.program_id(1)
@@ -104,11 +109,16 @@ def _mla_prefill_kernel(
     kv_head_ptr = kv_ptr + head * kv_stride_h
     k_group_ptr = k_rope_ptr + head * num_groups // num_heads * k_rope_stride_g
     seen = tl.minimum(tl.maximum(ahead + first_row + ROWS, 0), k_end - k_begin)  # by any row of this tile
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(ahead + first_row + 1 - WINDOW, 0) // TOKENS
 
-    for tile in tl.range(0, tl.cdiv(seen, TOKENS), num_stages=STAGES):
+    for tile in tl.range(first, tl.cdiv(seen, TOKENS), num_stages=STAGES):
         keys = tile * TOKENS + tl.arange(0, TOKENS)
         valid = keys < k_end - k_begin
         visible = valid[None, :] & (keys[None, :] <= ahead + in_seq[:, None])
+        if WINDOW > 0:
+            visible = visible & (keys[None, :] > ahead + in_seq[:, None] - WINDOW)
         slots = (k_begin + keys).to(tl.int64)
         kv_rows = kv_head_ptr + slots * kv_stride_s
         scores = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -119,14 +129,14 @@ def _mla_prefill_kernel(
             k_rope = load_columns(k_group_ptr + slots * k_rope_stride_s, valid, 0, ROPE_PADDED, ROPE)
             scores = tl.dot(q_rope, k_rope.T, scores, input_precision="ieee")
         values = load_columns(kv_rows + NOPE, valid, 0, VALUE_PADDED, VALUE)
-        scores = tl.where(visible, scores * scale, float("-inf"))
+        scores = tl.where(visible, base_2_scores(scores, factor, CAP), float("-inf"))
         weights, rescale, peak, total = softmax_step(scores, peak, total)
         acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
 
-    factor, lse = softmax_end(peak, total)
+    inverse, lse = softmax_end(peak, total)
     results = tokens * num_heads + head
     tl.store(lse_ptr + results, lse * 0.6931471805599453, mask=row_mask)  # ln 2
-    store_columns(out_ptr + results * VALUE, row_mask, acc * factor[:, None], 0, VALUE_PADDED, VALUE)
+    store_columns(out_ptr + results * VALUE, row_mask, acc * inverse[:, None], 0, VALUE_PADDED, VALUE)
 
 
 def mla_prefill_triton(
@@ -139,6 +149,8 @@ def mla_prefill_triton(
     k_starts: Tensor,
     nope_dim: int,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, key_dim = q.shape
     num_seqs = q_starts.shape[0]
@@ -148,12 +160,13 @@ def mla_prefill_triton(
     lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
+    factor, cap = score_factors(scale, softcap)
     _mla_prefill_kernel[(-(-num_tokens // tile.rows) + num_seqs, num_heads)](
-        q, kv, k_rope, cu_q, cu_k, q_starts, k_starts, out, lse, scale * LOG2_E, num_seqs, num_heads, k_rope.shape[1],
+        q, kv, k_rope, cu_q, cu_k, q_starts, k_starts, out, lse, factor, num_seqs, num_heads, k_rope.shape[1],
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), k_rope.stride(0), k_rope.stride(1),
         NOPE=nope_dim, NOPE_PADDED=pad(nope_dim), ROPE=rope_dim, ROPE_PADDED=pad(rope_dim),
         VALUE=value_dim, VALUE_PADDED=pad(value_dim), SEQS=padded_count(num_seqs),
-        ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, num_warps=tile.warps,
+        ROWS=tile.rows, TOKENS=tile.tokens, WINDOW=window or 0, CAP=cap, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out, lse
 
@@ -168,15 +181,18 @@ def mla_prefill(
     k_starts: Tensor,
     nope_dim: int,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of ragged queries over ragged keys -> (out [T, H, v], lse [T, H], natural log, fp32).
 
     q [T, H, n + dr]; kv [S, H, n + v]; k_rope [S, G, dr], head h reads group h * G // H; cu_q, cu_k int32 [B + 1];
     query i of sequence b stands at position q_starts[b] + i, key j at k_starts[b] + j, and a query sees the keys at or
-    before it. A query that sees none gives out 0 and lse -inf.
+    before it, with a `window` only those of the last so many positions, its own among them. A query that sees none
+    gives out 0 and lse -inf. `softcap` c: scores become c tanh(score / c).
     """
     implementation = mla_prefill_triton if q.is_cuda else mla_prefill_torch
-    return implementation(q, kv, k_rope, cu_q, cu_k, q_starts, k_starts, nope_dim, scale)
+    return implementation(q, kv, k_rope, cu_q, cu_k, q_starts, k_starts, nope_dim, scale, window, softcap)
 
 
 @jit

@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467), alone and fused with the residual addition before it."""
+"""RMSNorm (arXiv 1910.07467): alone, fused with the residual addition before it, and head by head in place."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels._triton import jit, next_power_of_2, tl
+
+HEADS = 16  # at most, normalised by one program of head_norm_
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -90,3 +92,46 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         return add_rms_norm_triton(x, residual, weight, eps)
     total = x + residual
     return rms_norm_torch(total, weight, eps), total
+
+
+@jit
+def _head_norm_kernel(
+    x_ptr: tl.tensor,  # [T, n, DIM]
+    weight_ptr: tl.tensor,  # [n, DIM]
+    eps: float,
+    num_heads: int,
+    x_stride_t: int,
+    x_stride_h: int,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    HEADS: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    columns = tl.arange(0, DIM_PADDED)
+    mask = (heads < num_heads)[:, None] & (columns < DIM)[None, :]
+    tile = x_ptr + token * x_stride_t + heads[:, None] * x_stride_h + columns[None, :]
+    x = tl.load(tile, mask=mask, other=0.0)
+    wide = x.to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(wide * wide, 1) / DIM + eps)
+    weight = tl.load(weight_ptr + heads[:, None] * DIM + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    normed = (wide * inverse_rms[:, None]).to(x.dtype).to(tl.float32) * weight
+    tl.store(tile, normed.to(x.dtype), mask=mask)
+
+
+def head_norm_triton_(x: Tensor, weight: Tensor, eps: float) -> None:
+    num_tokens, num_heads, dim = x.shape
+    if x.numel() > 0:
+        heads = min(HEADS, next_power_of_2(num_heads))
+        _head_norm_kernel[(num_tokens, -(-num_heads // heads))](
+            x, weight, eps, num_heads, x.stride(0), x.stride(1),
+            DIM=dim, DIM_PADDED=next_power_of_2(dim), HEADS=heads, num_warps=1 if heads * dim <= 512 else 4,
+        )  # fmt: skip
+
+
+def head_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
+    """RMSNorm of each head in place: x [T, n, d] (any T, n strides), weight [n, d], contiguous."""
+    if x.is_cuda:
+        head_norm_triton_(x, weight, eps)
+    else:
+        x.copy_(rms_norm_torch(x, weight, eps))

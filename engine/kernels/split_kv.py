@@ -15,22 +15,33 @@ MIN_SPLIT_TOKENS = 256  # below this a split costs more to combine than it gains
 MAX_SPLITS = 64
 
 
-def num_splits(programs: int, max_kv_len: int, device: torch.device) -> int:
+def num_splits(programs: int, max_kv_len: int, window: int | None, device: torch.device) -> int:
     """How many: two programs per multiprocessor, no split of the longest sequence below MIN_SPLIT_TOKENS.
 
-    `programs`: how many there are without splitting.
+    `programs`: how many there are without splitting; `window`: how many of its last tokens a sequence attends to.
     """
+    max_kv_len = max_kv_len if window is None else min(window, max_kv_len)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = min(2 * processors // max(1, programs), max_kv_len // MIN_SPLIT_TOKENS, MAX_SPLITS)
     return max(wanted, 1)
 
 
 @jit
-def split_range(kv_len: tl.tensor, split: tl.tensor, splits: int, TOKENS: tl.constexpr) -> tl.tensor:
-    """The tiles [first, last) of TOKENS tokens that this split attends to; short sequences leave late splits empty."""
+def split_range(
+    kv_len: tl.tensor, split: tl.tensor, splits: int, TOKENS: tl.constexpr, WINDOW: tl.constexpr
+) -> tl.tensor:
+    """The tiles [first, last) of TOKENS tokens that this split attends to; short sequences leave late splits empty.
+
+    Tiles wholly before the last WINDOW tokens are nobody's; 0: there is no window.
+    """
     tiles = tl.cdiv(kv_len, TOKENS)
-    share = tl.maximum(tl.cdiv(tiles, splits), 256 // TOKENS)  # MIN_SPLIT_TOKENS
-    first = split * share
+    if WINDOW > 0:
+        skipped = tl.maximum(kv_len - WINDOW, 0) // TOKENS
+        share = tl.maximum(tl.cdiv(tiles - skipped, splits), 256 // TOKENS)  # MIN_SPLIT_TOKENS
+        first = skipped + split * share
+    else:
+        share = tl.maximum(tl.cdiv(tiles, splits), 256 // TOKENS)
+        first = split * share
     return first, tl.minimum(first + share, tiles)
 
 

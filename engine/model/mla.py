@@ -5,7 +5,7 @@ cache row is key and value at once. Prefills are expanded: latents are projected
 by piece so that the expansion never outgrows `EXPAND_TOKENS`, and the pieces join by log-sum-exp.
 
 One projection gives [latent | rope keys | rope queries | nope queries]: its head is the cache row as it lies, and rope
-keys and queries rotate together.
+keys and queries rotate together. Where the source normalised queries and keys, HeadNormedProjection gives the same.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from engine.kernels.mla_prefill import merge_partial, mla_prefill
 from engine.kernels.norm import rms_norm
 from engine.kernels.rope import rope_
 from engine.model.batch import Batch
+from engine.model.head_norm import HeadNormedProjection
 from engine.model.linear import Linear
 from engine.model.rotary import interleave
 from engine.spec import MLASpec
@@ -34,6 +35,15 @@ class MLAttention:
         """`tensors`, named as DeepSeek's: q_proj (or q_a_proj, q_a_layernorm, q_b_proj), kv_a_proj_with_mqa,
         kv_a_layernorm where the latent is normalised, kv_b_proj, o_proj; biases where the spec has them."""
         self.spec = spec
+        self.qkv = self._projection(tensors) if spec.head_norm is None else HeadNormedProjection(spec, tensors)
+        self.latent_norm = tensors["kv_a_layernorm.weight"] if spec.latent_norm_eps is not None else None
+        self.kv_b = tensors["kv_b_proj.weight"].unflatten(0, (spec.num_heads, -1))
+        self.k_up = self.kv_b[:, : spec.qk_nope_head_dim]  # [H, n, r]
+        self.v_down = self.kv_b[:, spec.qk_nope_head_dim :].mT  # [H, r, v]
+        self.o = Linear(tensors["o_proj.weight"], tensors["o_proj.bias"] if spec.o_bias else None)
+
+    def _projection(self, tensors: dict[str, Tensor]) -> Linear:
+        spec = self.spec
         if spec.q_lora_rank is not None:
             raise ValueError("a low-rank query projection is not supported")
 
@@ -46,12 +56,7 @@ class MLAttention:
             return self._fuse(q, kv)
 
         biased = spec.q_bias or spec.kv_a_bias
-        self.qkv = Linear(fused("weight", True, True), fused("bias", spec.q_bias, spec.kv_a_bias) if biased else None)
-        self.latent_norm = tensors["kv_a_layernorm.weight"] if spec.latent_norm_eps is not None else None
-        self.kv_b = tensors["kv_b_proj.weight"].unflatten(0, (spec.num_heads, -1))
-        self.k_up = self.kv_b[:, : spec.qk_nope_head_dim]  # [H, n, r]
-        self.v_down = self.kv_b[:, spec.qk_nope_head_dim :].mT  # [H, r, v]
-        self.o = Linear(tensors["o_proj.weight"], tensors["o_proj.bias"] if spec.o_bias else None)
+        return Linear(fused("weight", True, True), fused("bias", spec.q_bias, spec.kv_a_bias) if biased else None)
 
     def _fuse(self, q: Tensor, kv: Tensor) -> Tensor:
         """Checkpoint rows (per head [nope | rope], then [latent | rope keys]) -> the order this module works in."""
@@ -89,8 +94,9 @@ class MLAttention:
         q_latent = torch.bmm(q_nope.transpose(0, 1), self.k_up).transpose(0, 1)  # [B, H, r]
         q = torch.cat((q_latent, self._place_in_group(q_rope)), -1)
         o = mla_decode(
-            q, cache, batch.block_tables[:d], batch.kv_lens[:d], s.kv_lora_rank, s.softmax_scale, batch.max_decode_kv
-        )
+            q, cache, batch.block_tables[:d], batch.kv_lens[:d], s.kv_lora_rank, s.softmax_scale, batch.max_decode_kv,
+            s.sliding_window, s.score_softcap,
+        )  # fmt: skip
         return torch.bmm(o.transpose(0, 1), self.v_down).transpose(0, 1)
 
     def _place_in_group(self, q_rope: Tensor) -> Tensor:
@@ -106,23 +112,26 @@ class MLAttention:
         return wide.view(*q_rope.shape[:2], -1)
 
     def _prefill(self, q: Tensor, batch: Batch, cache: Tensor) -> Tensor:
-        """q [T, H, n + dr] -> [T, H, v], over every prefill's whole context, at most EXPAND_TOKENS of it at a time."""
+        """q [T, H, n + dr] -> [T, H, v], over all that every prefill sees, at most EXPAND_TOKENS of it at a time."""
         s, tables = self.spec, batch.block_tables[batch.num_decodes :]
-        kv_lens, q_lens = batch.prefill_kv_lens, batch.q_lens
+        starts = [kv - n for kv, n in zip(batch.prefill_kv_lens, batch.q_lens, strict=True)]
+        firsts = [0 if s.sliding_window is None else max(0, start + 1 - s.sliding_window) for start in starts]
+        seen = [kv - first for kv, first in zip(batch.prefill_kv_lens, firsts, strict=True)]
         device = q.device
-        q_starts = torch.tensor(
-            [kv - n for kv, n in zip(kv_lens, q_lens, strict=True)], dtype=torch.int32, device=device
-        )
-        share = max(1, EXPAND_TOKENS // len(kv_lens))
+        q_starts, first_keys = torch.tensor([starts, firsts], dtype=torch.int32, device=device)
+        share = max(1, EXPAND_TOKENS // len(seen))
         result: tuple[Tensor, Tensor] | None = None
-        for start in range(0, max(kv_lens), share):
-            counts = [min(max(kv - start, 0), share) for kv in kv_lens]
+        for start in range(0, max(seen), share):
+            counts = [min(max(n - start, 0), share) for n in seen]
             cu_k = torch.tensor([0, *counts], device=device).cumsum(0, dtype=torch.int32)
-            k_starts = torch.full_like(q_starts, start)
+            k_starts = first_keys + start
             rows = cache_gather(cache, tables, k_starts, cu_k, sum(counts)).to(q.dtype)
             kv = F.linear(rows[:, : s.kv_lora_rank], self.kv_b.flatten(0, 1)).unflatten(1, (s.num_heads, -1))
             k_rope = rows[:, s.kv_lora_rank :].unflatten(1, (s.rope_groups, s.qk_rope_head_dim))
-            part = mla_prefill(q, kv, k_rope, batch.cu_q, cu_k, q_starts, k_starts, s.qk_nope_head_dim, s.softmax_scale)
+            part = mla_prefill(
+                q, kv, k_rope, batch.cu_q, cu_k, q_starts, k_starts, s.qk_nope_head_dim, s.softmax_scale,
+                s.sliding_window, s.score_softcap,
+            )  # fmt: skip
             result = part if result is None else merge_partial(*result, *part)
         assert result is not None  # a prefill has at least one token
         return result[0]

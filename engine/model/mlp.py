@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels.silu_mul import silu_mul
+from engine.kernels.gated_mul import gated_mul
 from engine.model.linear import Linear
 from engine.spec import GatedMLPSpec
 
 
 class GatedMLP:
-    """down(silu(gate(x)) * up(x)); `gate_up` [2 I, hidden] is both input projections, `down` [hidden, I]."""
+    """down(activation(gate(x)) * up(x)); `gate_up` [2 I, hidden] is both input projections, `down` [hidden, I]."""
 
     def __init__(self, spec: GatedMLPSpec, tensors: dict[str, Tensor]) -> None:
         """`tensors`: gate_proj, up_proj, down_proj as `<name>.weight` and, where the spec has them, `<name>.bias`."""
@@ -19,9 +19,10 @@ class GatedMLP:
         def fused(kind: str) -> Tensor:
             return torch.cat((tensors[f"gate_proj.{kind}"], tensors[f"up_proj.{kind}"]))
 
+        self.activation = spec.activation
         self.gate_up = Linear(fused("weight"), fused("bias") if spec.bias else None)
         self.down = Linear(tensors["down_proj.weight"], tensors["down_proj.bias"] if spec.bias else None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        return self.down(silu_mul(self.gate_up(x)))
+        return self.down(gated_mul(self.gate_up(x), self.activation))

@@ -136,7 +136,8 @@ class Transformer:
 
 def embed(token_ids: Tensor, embedding: Tensor, spec: ModelSpec) -> Tensor:
     x = F.embedding(token_ids, embedding)
-    return x if spec.embedding_scale == 1 else x * spec.embedding_scale
+    # The factor is rounded to the model's dtype first, as it was in training: in bf16, Gemma's 55.4256 is 55.5.
+    return x if spec.embedding_scale == 1 else x * torch.tensor(spec.embedding_scale, dtype=x.dtype)
 
 
 def finish_logits(logits: Tensor, spec: ModelSpec) -> Tensor:

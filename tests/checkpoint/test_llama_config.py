@@ -1,4 +1,4 @@
-"""config.json of Llama, Mistral and Qwen2: defaults as `transformers` has them, and what is refused by name."""
+"""config.json of Llama and its kin: defaults as `transformers` has them, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import json
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    CONFIG_MAPPING,
+    Gemma2Config,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.checkpoint import FAMILIES
@@ -57,7 +65,9 @@ def attention(spec: ModelSpec) -> GQASpec:
         ({"rope_scaling": "linear"}, ("rope_scaling",)),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
         ({"sliding_window": 32}, ("sliding_window", "32")),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, ("layer_types", "sliding_attention")),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ("layer_types", "sliding")),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, ("layer_types", "chunked_attention")),
+        ({"layer_types": ["full_attention"]}, ("layer_types", "1 entries", "2")),
         ({"quantization_config": {"quant_method": "fp8"}}, ("quantization_config", "fp8")),
         ({"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping", "50.0")),
         ({"embedding_multiplier": 12}, ("embedding_multiplier", "12")),
@@ -79,13 +89,11 @@ def test_unset_and_harmless_keys_are_accepted():
     assert read(**unset, **harmless) == read()
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config])
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Gemma2Config])
 def test_every_key_transformers_writes_is_accepted(kind):
     """Its whole configuration, defaults included, and the decoding defaults that older versions kept there."""
     generation = {k: v for k, v in GenerationConfig().to_dict().items() if not isinstance(v, dict)}
     written = json.loads(kind(num_hidden_layers=2).to_json_string(use_diff=False))
-    if kind is MistralConfig:
-        written["sliding_window"] = None
     FAMILIES[kind.model_type].read(generation | written | {"dtype": "bfloat16"}, "bfloat16")
 
 
@@ -106,18 +114,68 @@ def test_defaults_are_those_of_transformers():
         assert attention(ours).head_dim == 4
 
 
+def windows(model_type: str, **changes: Any) -> list[int | None]:
+    return [layer.attention.sliding_window for layer in read(model_type, **changes).layers]
+
+
 def test_sliding_windows():
-    """Refused exactly where `transformers` would mask by one that is shorter than the context."""
+    """Where `transformers` masks by one that is shorter than the context; Llama, where it does not, has none."""
     assert read(sliding_window=64) == read() == read(sliding_window=None)
     assert read("mistral", sliding_window=None) == read()
     assert read("mistral") == read()  # transformers takes 4096, which 64 positions never reach
-    with pytest.raises(CheckpointError, match="sliding_window 4096"):
-        read("mistral", max_position_embeddings=8192)
+    assert windows("mistral", max_position_embeddings=8192) == [4096, 4096]
+    assert windows("mistral", sliding_window=63) == [63, 63]
     qwen = {"sliding_window": 32, "max_window_layers": 1}
-    assert not attention(read("qwen2", **qwen)).o_bias
-    assert attention(read("qwen2", **qwen, use_sliding_window=False)).qkv_bias
-    with pytest.raises(CheckpointError, match="sliding_window 32"):
-        read("qwen2", **qwen, use_sliding_window=True)
+    types = {"layer_types": ["sliding_attention", "full_attention"]}
+    for family in ("qwen2", "qwen3"):
+        assert windows(family, **qwen) == [None, None]
+        assert windows(family, **qwen, use_sliding_window=True) == [None, 32]
+        assert windows(family, **qwen, use_sliding_window=True, **types) == [32, None]
+        assert windows(family, use_sliding_window=True, sliding_window=32) == [None, None]  # from layer 28 on
+    assert windows("gemma2", sliding_window=32) == [32, None]
+    assert windows("gemma2", sliding_window=32, **types) == [32, None]
+    assert windows("gemma2", sliding_window=None) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "names"),
+    [
+        ("mistral", {"sliding_window": 32, "layer_types": ["full_attention"] * 2}, ("layer_types", "sliding_window")),
+        ("mistral", {"sliding_window": 0}, ("sliding_window 0",)),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": -1, "max_window_layers": 0}, ("sliding_window -1",)),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, ("sliding_window None",)),
+        ("qwen3", {"num_experts": 8}, ("num_experts", "8")),
+        ("gemma2", {"hidden_activation": "gelu"}, ("gelu", "gelu_pytorch_tanh")),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, ("attn_logit_softcapping",)),
+        ("gemma2", {"query_pre_attn_scalar": 0}, ("query_pre_attn_scalar",)),
+        ("gemma2", {"use_bidirectional_attention": True}, ("use_bidirectional_attention",)),
+        ("mimo", {"use_mrope": True}, ("use_mrope",)),
+    ],
+)
+def test_refused_of_a_family(family, changes, names):
+    with pytest.raises(CheckpointError) as caught:
+        read(family, **changes)
+    for name in names:
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "mpt", "falcon", "opt", "gpt_neox", "phi", "gemma3_text", "cohere"])
+def test_what_has_no_reader_is_refused(tmp_path, kind):
+    """Learned positions, ALiBi, partial rotation, another order of the layer: by the name of the model type."""
+    folder, _ = llama_folder(tmp_path)
+    (folder / "config.json").write_text(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+    with pytest.raises(CheckpointError, match=rf"model_type '{kind}' is not supported.*llama.*gemma2"):
+        open_checkpoint(folder)
+
+
+def test_gemma2():
+    spec = read("gemma2", query_pre_attn_scalar=144, rms_norm_eps=1e-6)
+    layer = spec.layers[0]
+    assert (layer.attention.softmax_scale, layer.attention.score_softcap, spec.logit_softcap) == (1 / 12, 50.0, 30.0)
+    assert (layer.post_norms, layer.mlp.activation, spec.norm_offset) == (True, "gelu_tanh", 1.0)
+    assert (spec.embedding_scale, spec.tie_embeddings, layer.attention.head_dim) == (4.0, True, 256)
+    uncapped = read("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert uncapped.layers[0].attention.score_softcap is uncapped.logit_softcap is None
 
 
 def test_biases():

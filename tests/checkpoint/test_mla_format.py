@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.mla_format import config_from_spec, format_config, spec_from_config
 from engine.errors import CheckpointError
-from engine.spec import GatedMLPSpec, GQASpec, LayerSpec, MLASpec, ModelSpec, RopeSpec
+from engine.spec import GatedMLPSpec, GQASpec, HeadNormSpec, LayerSpec, MLASpec, ModelSpec, RopeSpec
 from tests.checkpoint.folders import llama_folder
 
 PLAIN = MLASpec(
@@ -23,7 +23,7 @@ PLAIN = MLASpec(
 RICH = MLASpec(
     num_heads=4, kv_lora_rank=5, qk_nope_head_dim=0, qk_rope_head_dim=4, v_head_dim=3, softmax_scale=0.25,
     rope=RopeSpec((1.0, 0.1, 0.5, 1 / 3), "interleaved", 1.25), rope_groups=2, latent_norm_eps=1e-6, q_bias=True,
-    kv_a_bias=True, o_bias=True,
+    kv_a_bias=True, o_bias=True, sliding_window=9, score_softcap=50.0, head_norm=HeadNormSpec(2, 4, 1e-6),
 )  # fmt: skip
 SMALL = ModelSpec(
     vocab_size=16, hidden_size=8, norm_eps=1e-5, max_position_embeddings=32, tie_embeddings=False, dtype="float32",
@@ -53,12 +53,12 @@ FIXED = """{
     {"attention": {"kind": "mla", "num_heads": 4, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, \
 "v_head_dim": 6, "softmax_scale": 0.408248290463863, "rope": 0, "rope_groups": 1, "q_lora_rank": null, \
 "q_norm_eps": null, "latent_norm_eps": null, "q_bias": false, "kv_a_bias": false, "o_bias": false, \
-"sliding_window": null, "score_softcap": null}, \
+"sliding_window": null, "score_softcap": null, "head_norm": null}, \
 "mlp": {"kind": "gated", "intermediate_size": 12, "bias": false, "activation": "silu"}, "post_norms": false},
     {"attention": {"kind": "mla", "num_heads": 4, "kv_lora_rank": 5, "qk_nope_head_dim": 0, "qk_rope_head_dim": 4, \
 "v_head_dim": 3, "softmax_scale": 0.25, "rope": 1, "rope_groups": 2, "q_lora_rank": null, \
 "q_norm_eps": null, "latent_norm_eps": 1e-06, "q_bias": true, "kv_a_bias": true, "o_bias": true, \
-"sliding_window": null, "score_softcap": null}, \
+"sliding_window": 9, "score_softcap": 50.0, "head_norm": {"num_kv_heads": 2, "head_dim": 4, "eps": 1e-06}}, \
 "mlp": {"kind": "gated", "intermediate_size": 10, "bias": true, "activation": "silu"}, "post_norms": true}
   ]
 }
@@ -86,6 +86,8 @@ def attentions(draw: st.DrawFn) -> MLASpec:
         ),
         rope_groups=groups,
         latent_norm_eps=draw(st.none() | positive),
+        sliding_window=draw(st.none() | st.integers(1, 2**31 - 1)),
+        score_softcap=draw(st.none() | positive),
         q_bias=draw(st.booleans()),
         kv_a_bias=draw(st.booleans()),
         o_bias=draw(st.booleans()),
@@ -183,6 +185,14 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("layers.1.attention.qk_norm", True, ("layers[1].attention", "unknown", "qk_norm")),
         ("layers.0.attention.qk_rope_head_dim", 3, ("layer 0", "qk_rope_head_dim 3")),
         ("layers.1.attention.softmax_scale", 0, ("layer 1", "softmax_scale")),
+        ("layers.1.attention.sliding_window", 0, ("layer 1", "sliding_window")),
+        ("layers.1.attention.score_softcap", -1.0, ("layer 1", "score_softcap")),
+        ("layers.1.attention.head_norm", True, ("layers[1].attention.head_norm",)),
+        ("layers.1.attention.head_norm.eps", ..., ("layers[1].attention.head_norm", "missing", "eps")),
+        ("layers.1.attention.head_norm.twist", 1, ("layers[1].attention.head_norm", "unknown", "twist")),
+        ("layers.1.attention.head_norm.head_dim", 0, ("layer 1", "head_norm", "head_dim")),
+        ("layers.1.attention.head_norm.eps", 0.0, ("layer 1", "head_norm", "eps")),
+        ("layers.1.attention.qk_nope_head_dim", 2, ("layer 1", "qk_nope_head_dim", "head_dim")),
         ("layers.1.mlp.kind", "mixture", ("layers[1].mlp", "mixture", "gated, plain, moe")),
         ("layers.1.mlp.bias", 1, ("layers[1].mlp.bias", "bool")),
         ("layers.1.moe", {}, ("layers[1]", "unknown", "moe")),

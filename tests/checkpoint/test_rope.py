@@ -22,6 +22,7 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 kinds = st.one_of(
     st.fixed_dictionaries({"rope_type": st.just("default")}),
     st.fixed_dictionaries({"rope_type": st.just("linear"), "factor": factors}),
+    st.fixed_dictionaries({"rope_type": st.just("dynamic"), "factor": st.sampled_from([1.0, 2.0, 4.0, 8.0])}),
     st.fixed_dictionaries(
         {
             "rope_type": st.just("llama3"),
@@ -56,7 +57,7 @@ def oracle(head_dim: int, max_position: int, **rope: Any) -> tuple[list[float], 
 
 
 @settings(deadline=None, max_examples=150)
-@given(kinds, thetas, st.sampled_from([2, 6, 8, 64, 80, 128]), lengths)
+@given(kinds, thetas, st.sampled_from([4, 6, 8, 64, 80, 128]), lengths)
 def test_frequencies_equal(kind, theta, head_dim, max_position):
     inv_freq, scale = oracle(head_dim, max_position, rope_parameters={**kind, "rope_theta": theta})
     found = read_rope({"rope_parameters": {**kind, "rope_theta": theta}}, head_dim, max_position)
@@ -89,7 +90,8 @@ def test_older_spellings(config):
 @pytest.mark.parametrize(
     ("rope", "names"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, ("dynamic", "linear, llama3, yarn")),
+        ({"rope_type": "proportional"}, ("proportional", "dynamic, linear, llama3, yarn")),
+        ({"rope_type": "dynamic"}, ("factor",)),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, ("longrope", "supported")),
         ({"rope_type": "made-up"}, ("made-up", "supported")),
         ({"type": "su", "factor": 2.0}, ("su", "supported")),

@@ -14,7 +14,7 @@ def assert_near(actual, expected, dtype):
     )
 
 
-def attention(q, keys, values, visible, scale):
+def attention(q, keys, values, visible, scale, softcap=None):
     """q [Q, d], keys [S, d], values [S, v], visible bool [Q, S] -> out [Q, v], lse [Q], a row at a time, in float64."""
     q, keys, values = q.double(), keys.double(), values.double()
     out = torch.zeros(q.shape[0], values.shape[1], dtype=torch.float64)
@@ -22,6 +22,8 @@ def attention(q, keys, values, visible, scale):
     for i in range(q.shape[0]):
         if visible[i].any():
             scores = scale * (keys[visible[i]] @ q[i])
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
             lse[i] = scores.logsumexp(0)
             out[i] = (scores - lse[i]).exp() @ values[visible[i]]
     return out, lse

@@ -43,7 +43,7 @@ DEFINITIONS = {
     "norm": ["rms_norm_torch"],
     "rope": ["rope_torch_"],
     "sample": ["sample_torch"],
-    "silu_mul": ["silu_mul_torch"],
+    "gated_mul": ["gated_mul_torch"],
 }
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm, rotation, gated SiLU and the cache's rows, both implementations, against float64."""
+"""RMSNorm, rotation, gated activations and the cache's rows, both implementations, against float64."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from engine.kernels.cache import cache_gather_torch, cache_gather_triton, cache_write_torch, cache_write_triton
-from engine.kernels.norm import add_rms_norm, add_rms_norm_triton, rms_norm, rms_norm_triton
+from engine.kernels.gated_mul import gated_mul_torch, gated_mul_triton
+from engine.kernels.norm import (
+    add_rms_norm,
+    add_rms_norm_triton,
+    head_norm_,
+    head_norm_triton_,
+    rms_norm,
+    rms_norm_triton,
+)
 from engine.kernels.rope import rope_, rope_table, rope_torch_, rope_triton_
-from engine.kernels.silu_mul import silu_mul_torch, silu_mul_triton
 
 from .conftest import DEVICE
 from .reference import assert_near, block_cache
@@ -48,6 +55,20 @@ def test_rms_norm_of_zeros_and_of_nothing():
     assert rms_norm_triton(torch.zeros(0, 48, device=DEVICE), weight, 1e-5).shape == (0, 48)
 
 
+@pytest.mark.parametrize("implementation", [head_norm_, head_norm_triton_])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim"), [(1, 2), (19, 24), (5, 128)])
+def test_head_norm_of_a_slice(implementation, dtype, heads, dim):
+    torch.manual_seed(0)
+    row, weight = torch.randn(3, heads * dim + 12).to(dtype), torch.randn(heads, dim).to(dtype)
+    expected = row.double()
+    expected[:, 8:-4] = rms(row[:, 8:-4].unflatten(1, (heads, dim)), weight, 1e-5).flatten(1)
+    row = row.to(DEVICE)
+    implementation(row[:, 8:-4].unflatten(1, (heads, dim)), weight.to(DEVICE), 1e-5)
+    assert_near(row, expected, dtype)  # what lies around the slice is as it was
+    implementation(row[:0, 8:-4].unflatten(1, (heads, dim)), weight.to(DEVICE), 1e-5)
+
+
 @pytest.mark.parametrize("implementation", [rope_, rope_torch_, rope_triton_])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "dim"), [(1, 2), (5, 24), (19, 64)])
@@ -67,20 +88,29 @@ def test_rotation_of_a_slice(implementation, dtype, heads, dim, per_head):
     assert_near(row, expected, dtype)  # what lies around the slice is as it was
 
 
-@pytest.mark.parametrize("implementation", [silu_mul_torch, silu_mul_triton])
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "gelu_tanh": lambda x: x / 2 * (1 + ((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh()),
+    "relu_squared": lambda x: x.clamp_min(0) ** 2,
+}
+
+
+@pytest.mark.parametrize("implementation", [gated_mul_torch, gated_mul_triton])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 100, 1500])
-def test_silu_mul(implementation, dtype, width):
+@pytest.mark.parametrize(("activation", "width"), [("silu", 1), ("silu", 1500), ("gelu_tanh", 99), ("relu_squared", 7)])
+@pytest.mark.filterwarnings("ignore:overflow")  # numpy, in the interpreter
+def test_gated_mul(implementation, dtype, activation, width):
     torch.manual_seed(0)
     gate_up = (torch.randn(3, 2 * width) * 10).to(dtype).to(DEVICE)
     gate, up = gate_up.double().chunk(2, -1)
-    assert_near(implementation(gate_up), gate / (1 + (-gate).exp()) * up, dtype)
+    assert_near(implementation(gate_up, activation), ACTIVATIONS[activation](gate) * up, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # numpy, in the interpreter
-def test_silu_mul_of_extremes():
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_mul_of_extremes(activation):
     gate_up = torch.tensor([[-1e4, 1e4, 0.0, 1.0, 1.0, 1.0]], device=DEVICE)
-    assert silu_mul_triton(gate_up).tolist() == [[0.0, 1e4, 0.0]]
+    assert gated_mul_triton(gate_up, activation).tolist() == [[0.0, 1e4, 0.0]]
 
 
 @pytest.mark.parametrize("write", [cache_write_torch, cache_write_triton])

@@ -15,7 +15,7 @@ from .conftest import DEVICE
 from .reference import assert_near, attention, block_cache
 
 
-def case(heads, kv_heads, dim, q_lens, kv_lens, block_size, dtype, seed=0):
+def case(heads, kv_heads, dim, q_lens, kv_lens, block_size, dtype, seed=0, window=None, softcap=None):
     """Queries are the last q_lens of kv_lens tokens. -> q [T, H, D], the cache's tensors, the expected [T, H, D]."""
     torch.manual_seed(seed)
     q = torch.randn(sum(q_lens), heads, dim).to(dtype)
@@ -25,11 +25,13 @@ def case(heads, kv_heads, dim, q_lens, kv_lens, block_size, dtype, seed=0):
     for rows, q_len in zip(sequences, q_lens, strict=True):
         keys, values = rows.view(len(rows), 2, kv_heads, dim).unbind(1)
         ages = torch.arange(len(rows)) - (len(rows) - q_len)
-        visible = ages[None, :] <= torch.arange(q_len)[:, None]
+        ages = torch.arange(q_len)[:, None] - ages
+        visible = (ages >= 0) & (ages < (window or len(rows) + 1))
         for h in range(heads):
             g = h * kv_heads // heads
             query = q[start : start + q_len, h]
-            expected[start : start + q_len, h] = attention(query, keys[:, g], values[:, g], visible, dim**-0.5)[0]
+            result = attention(query, keys[:, g], values[:, g], visible, dim**-0.5, softcap)
+            expected[start : start + q_len, h] = result[0]
         start += q_len
     return q.to(DEVICE), block_cache(sequences, block_size, dtype, DEVICE, seed), expected
 
@@ -75,22 +77,68 @@ def test_prefill_of_a_slice_in_half_precision(implementation):
     assert_near(implementation(view, cache, tables, cu_q, lengths, 2, 0.125), expected, torch.bfloat16)
 
 
+# One token; less than a block of 16, a block, a block and one more; two tiles; longer than any context.
+WINDOWS = [(1, None), (15, 2.0), (16, None), (17, 2.0), (128, None), (1000, 2.0)]
+
+
+def without_what_no_window_holds(cache, tables, lens, q_lens, window):
+    """NaN in every block that lies wholly before the window of a sequence's first query."""
+    cache, size = cache.clone(), cache.shape[1]
+    for table, kv_len, q_len in zip(tables.tolist(), lens.tolist(), q_lens, strict=True):
+        for i in range(max(0, kv_len - q_len + 1 - window) // size):
+            cache[table[i]] = float("nan")
+    return cache
+
+
+@pytest.mark.parametrize(("window", "softcap"), WINDOWS)
+def test_decode_in_a_window(window, softcap):
+    lengths = [1, 300, 33]
+    q, (cache, tables, lens), expected = case(
+        4, 2, 32, [1] * 3, lengths, 16, torch.float32, window=window, softcap=softcap
+    )
+    cache = without_what_no_window_holds(cache, tables, lens, [1] * 3, window)
+    args = q, cache, tables, lens, 2, 32**-0.5, 300, window, softcap
+    assert_near(gqa_decode_torch(*args), expected, torch.float32)
+    for splits in (1, 2) if window >= 17 else (1,):
+        assert_near(gqa_decode_triton(*args, splits=splits), expected, torch.float32)
+    alone = gqa_decode_torch(q[1:2], cache, tables[1:2], lens[1:2], 2, 32**-0.5, 300, window, softcap)
+    assert_near(alone, expected[1:2], torch.float32)
+
+
+@pytest.mark.parametrize(("window", "softcap"), WINDOWS)
+def test_prefill_in_a_window(window, softcap, monkeypatch):
+    monkeypatch.setattr("engine.kernels.flash_cpu.BLOCK_SCORES", 1)  # as few queries at a time as there may be
+    q_lens, kv_lens = [5, 0, 140, 1, 40], [5, 7, 140, 66, 200]
+    q, (cache, tables, lens), expected = case(
+        2, 1, 32, q_lens, kv_lens, 16, torch.float32, window=window, softcap=softcap
+    )
+    cache = without_what_no_window_holds(cache, tables, lens, q_lens, window)
+    cu_q = F.pad(torch.tensor(q_lens).cumsum(0), (1, 0)).int().to(DEVICE)
+    for implementation in (gqa_prefill_torch, gqa_prefill_triton):
+        out = implementation(q, cache, tables, cu_q, lens, 1, 32**-0.5, window, softcap)
+        assert_near(out, expected, torch.float32)
+
+
 @given(
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 3),
     dim=st.integers(1, 70),
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), min_size=1, max_size=3),
     block_size=st.sampled_from([1, 5, 16]),
+    window=st.none() | st.integers(1, 60),
+    softcap=st.none() | st.floats(0.5, 60),
 )
-@settings(max_examples=6, deadline=None, derandomize=True)
-def test_any_prefill(kv_heads, group, dim, lengths, block_size):
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_any_prefill(kv_heads, group, dim, lengths, block_size, window, softcap):
     q_lens, kv_lens = [q for q, _ in lengths], [q + context for q, context in lengths]
+    heads = kv_heads * group
     q, (cache, tables, lens), expected = case(
-        kv_heads * group, kv_heads, dim, q_lens, kv_lens, block_size, torch.float32
+        heads, kv_heads, dim, q_lens, kv_lens, block_size, torch.float32, window=window, softcap=softcap
     )
     cu_q = F.pad(torch.tensor(q_lens).cumsum(0), (1, 0)).int().to(DEVICE)
     for implementation in (gqa_prefill_torch, gqa_prefill_triton):
-        assert_near(implementation(q, cache, tables, cu_q, lens, kv_heads, dim**-0.5), expected, torch.float32)
+        out = implementation(q, cache, tables, cu_q, lens, kv_heads, dim**-0.5, window, softcap)
+        assert_near(out, expected, torch.float32)
 
 
 @given(
@@ -100,11 +148,15 @@ def test_any_prefill(kv_heads, group, dim, lengths, block_size):
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=3),
     block_size=st.sampled_from([1, 5, 16]),
     splits=st.sampled_from([1, 2]),
+    window=st.none() | st.integers(1, 90),
+    softcap=st.none() | st.floats(0.5, 60),
 )
-@settings(max_examples=6, deadline=None, derandomize=True)
-def test_any_decode(kv_heads, group, dim, lengths, block_size, splits):
-    ones = [1] * len(lengths)
-    q, (cache, tables, lens), expected = case(kv_heads * group, kv_heads, dim, ones, lengths, block_size, torch.float32)
-    args = q, cache, tables, lens, kv_heads, dim**-0.5, max(lengths)
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_any_decode(kv_heads, group, dim, lengths, block_size, splits, window, softcap):
+    heads, ones = kv_heads * group, [1] * len(lengths)
+    q, (cache, tables, lens), expected = case(
+        heads, kv_heads, dim, ones, lengths, block_size, torch.float32, window=window, softcap=softcap
+    )
+    args = q, cache, tables, lens, kv_heads, dim**-0.5, max(lengths), window, softcap
     assert_near(gqa_decode_triton(*args, splits=splits), expected, torch.float32)
     assert_near(gqa_decode_torch(*args), expected, torch.float32)

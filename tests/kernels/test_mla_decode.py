@@ -13,20 +13,19 @@ from .conftest import DEVICE
 from .reference import assert_near, attention, block_cache
 
 
-def case(rank, rope, heads, lengths, block_size, dtype, seed=0):
+def case(rank, rope, heads, lengths, block_size, dtype, seed=0, window=None, softcap=None):
     """-> the arguments of mla_decode, and what it must return."""
     torch.manual_seed(seed)
     q = torch.randn(len(lengths), heads, rank + rope).to(dtype)
     sequences = [torch.randn(n, rank + rope).to(dtype) for n in lengths]
     scale = (rank + rope) ** -0.5
-    expected = torch.stack(
-        [
-            attention(query, rows, rows[:, :rank], torch.ones(heads, len(rows), dtype=torch.bool), scale)[0]
-            for query, rows in zip(q, sequences, strict=True)
-        ]
-    )
+    expected = []
+    for query, rows in zip(q, sequences, strict=True):
+        visible = (torch.arange(len(rows)) >= len(rows) - (window or len(rows))).expand(heads, -1)
+        expected.append(attention(query, rows, rows[:, :rank], visible, scale, softcap)[0])
     cache, tables, kv_lens = block_cache(sequences, block_size, dtype, DEVICE, seed)
-    return (q.to(DEVICE), cache, tables, kv_lens, rank, scale, max(lengths)), expected
+    args = q.to(DEVICE), cache, tables, kv_lens, rank, scale, max(lengths), window, softcap
+    return args, torch.stack(expected)
 
 
 SHAPES = [(64, 16, 4), (192, 32, 5), (96, 24, 20), (448, 64, 3), (48, 0, 17), (512, 64, 33), (20, 6, 2), (256, 256, 28)]
@@ -51,6 +50,19 @@ def test_half_precision(implementation, dtype, rank, rope, heads):
 def test_splits_of_ragged_sequences(splits):
     args, expected = case(64, 16, 6, [0, 5, 257, 700], 64, torch.float32)
     assert_near(mla_decode_triton(*args, splits=splits), expected, torch.float32)
+
+
+# block_size is 16, a tile 32 or 64 tokens
+@pytest.mark.parametrize(("window", "softcap"), [(1, 2.0), (15, None), (16, 2.0), (17, None), (128, 2.0), (1000, None)])
+def test_windows(window, softcap):
+    args, expected = case(64, 16, 6, [0, 5, 300, 64], 16, torch.float32, window=window, softcap=softcap)
+    _, cache, tables, kv_lens, *_ = args
+    for table, kv_len in zip(tables.tolist(), kv_lens.tolist(), strict=True):
+        for i in range(max(0, kv_len - window) // 16):
+            cache[table[i]] = float("nan")  # never read
+    assert_near(mla_decode_torch(*args), expected, torch.float32)
+    for splits in (1, 2) if window >= 17 else (1,):
+        assert_near(mla_decode_triton(*args, splits=splits), expected, torch.float32)
 
 
 def test_strided_queries():
@@ -88,9 +100,11 @@ def test_scores_that_overflow_exp(implementation):
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=3),
     block_size=st.sampled_from([1, 7, 16, 64]),
     splits=st.sampled_from([1, 2]),
+    window=st.none() | st.integers(1, 90),
+    softcap=st.none() | st.floats(0.5, 60),
 )
 @settings(max_examples=8, deadline=None, derandomize=True)
-def test_any_shape(rank, rope, heads, lengths, block_size, splits):
-    args, expected = case(rank, rope, heads, lengths, block_size, torch.float32)
+def test_any_shape(rank, rope, heads, lengths, block_size, splits, window, softcap):
+    args, expected = case(rank, rope, heads, lengths, block_size, torch.float32, window=window, softcap=softcap)
     assert_near(mla_decode_triton(*args, splits=splits), expected, torch.float32)
     assert_near(mla_decode_torch(*args), expected, torch.float32)

@@ -18,7 +18,7 @@ def bounds(lengths):
     return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(DEVICE)
 
 
-def case(heads, groups, nope, rope, value, spans, dtype, seed=0):
+def case(heads, groups, nope, rope, value, spans, dtype, seed=0, window=None, softcap=None):
     """spans: for each sequence (q_start, q_len, k_start, k_len). -> arguments of mla_prefill, expected out and lse."""
     torch.manual_seed(seed)
     q_starts, q_lens, k_starts, k_lens = zip(*spans, strict=True)
@@ -30,15 +30,16 @@ def case(heads, groups, nope, rope, value, spans, dtype, seed=0):
     lse = torch.zeros(sum(q_lens), heads, dtype=torch.float64)
     q0 = k0 = 0
     for q_start, q_len, k_start, k_len in spans:
-        visible = k_start + torch.arange(k_len) <= (q_start + torch.arange(q_len))[:, None]
+        ages = (q_start + torch.arange(q_len))[:, None] - k_start - torch.arange(k_len)
+        visible = (ages >= 0) & (ages < (window or 10**9))
         for h in range(heads):
             keys = torch.cat((kv[k0 : k0 + k_len, h, :nope], k_rope[k0 : k0 + k_len, h * groups // heads]), -1)
-            result = attention(q[q0 : q0 + q_len, h], keys, kv[k0 : k0 + k_len, h, nope:], visible, scale)
+            result = attention(q[q0 : q0 + q_len, h], keys, kv[k0 : k0 + k_len, h, nope:], visible, scale, softcap)
             out[q0 : q0 + q_len, h], lse[q0 : q0 + q_len, h] = result
         q0, k0 = q0 + q_len, k0 + k_len
     starts = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (q_starts, k_starts))
     tensors = (x.to(DEVICE) for x in (q, kv, k_rope))
-    return (*tensors, bounds(q_lens), bounds(k_lens), *starts, nope, scale), out, lse
+    return (*tensors, bounds(q_lens), bounds(k_lens), *starts, nope, scale, window, softcap), out, lse
 
 
 def check(implementation, args, out, lse, dtype):
@@ -71,6 +72,14 @@ def test_ragged_chunks(implementation, heads, groups, nope, rope, value):
     check(implementation, args, out, lse, torch.float32)
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(1, None), (31, 2.0), (64, None), (65, 2.0), (1000, None)])
+def test_windows(window, softcap, monkeypatch):
+    monkeypatch.setattr("engine.kernels.flash_cpu.BLOCK_SCORES", 1)  # as few queries at a time as there may be
+    args, out, lse = case(2, 1, 32, 16, 32, SPANS, torch.float32, window=window, softcap=softcap)
+    for implementation in (mla_prefill_torch, mla_prefill_triton):
+        check(implementation, args, out, lse, torch.float32)
+
+
 @pytest.mark.parametrize("implementation", [mla_prefill_torch, mla_prefill_triton])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_strides(implementation, dtype):
@@ -93,10 +102,13 @@ def test_half_precision_and_strides(implementation, dtype):
         min_size=1,
         max_size=3,
     ),
+    window=st.none() | st.integers(1, 90),
+    softcap=st.none() | st.floats(0.5, 60),
 )
 @settings(max_examples=8, deadline=None, derandomize=True)
-def test_any_shape(groups, shared, nope, rope, value, spans):
-    args, out, lse = case(groups * shared, groups, nope, rope, value, spans, torch.float32)
+def test_any_shape(groups, shared, nope, rope, value, spans, window, softcap):
+    heads = groups * shared
+    args, out, lse = case(heads, groups, nope, rope, value, spans, torch.float32, window=window, softcap=softcap)
     for implementation in (mla_prefill_torch, mla_prefill_triton):
         check(implementation, args, out, lse, torch.float32)
 

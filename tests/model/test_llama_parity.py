@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
 
+from engine.checkpoint import open_checkpoint
+from engine.messages import Request
 from engine.model.batch import Batch
 from engine.model.load import load_model
-from engine.model.transformer import Transformer
+from engine.model.transformer import Transformer, embed
+from engine.sampling_params import SamplingParams
+from tests.convert.engine_runs import assert_greedy
+from tests.engine.tiny import engine, run, tiny_model, tokens
 
 BLOCK = 8
 LENGTHS = (37, 20, 9)
@@ -89,6 +106,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 
 SMALL: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "gqa": (LlamaConfig, {}),
@@ -100,9 +118,28 @@ SMALL: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "yarn": (LlamaConfig, {"rope_parameters": YARN}),
     "llama3": (LlamaConfig, {"rope_parameters": LLAMA3}),
     "linear": (LlamaConfig, {"rope_parameters": LINEAR}),
+    "dynamic": (LlamaConfig, {"rope_parameters": DYNAMIC}),
+    "gelu": (LlamaConfig, {"hidden_act": "gelu_pytorch_tanh"}),
     "mistral": (MistralConfig, {"sliding_window": None}),
+    "mistral with a window": (MistralConfig, {"sliding_window": 7}),
     "qwen2": (Qwen2Config, {}),
-}
+    "qwen2, a window of one block in the upper layers": (
+        Qwen2Config, {"use_sliding_window": True, "sliding_window": BLOCK, "max_window_layers": 1},
+    ),
+    "qwen3": (Qwen3Config, {"head_dim": 10}),
+    "qwen3 with biases and a window": (
+        Qwen3Config, {"head_dim": 16, "attention_bias": True, "use_sliding_window": True, "sliding_window": 1,
+                      "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
+    "gemma2": (
+        Gemma2Config, {"head_dim": 10, "query_pre_attn_scalar": 20, "sliding_window": 9, "attn_logit_softcapping": 3.0,
+                       "final_logit_softcapping": 5.0},
+    ),
+    "gemma2 without caps, untied": (
+        Gemma2Config, {"head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+                       "attention_bias": True, "tie_word_embeddings": False},
+    ),
+}  # fmt: skip
 
 
 def random_model(folder: Path, kind: type[PreTrainedConfig], sharded: bool = False, **changes: Any) -> None:
@@ -127,6 +164,41 @@ def test_small_configs(tmp_path, name):
     kind, changes = SMALL[name]
     random_model(tmp_path, kind, **changes)
     check_against_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mistral with a window", "qwen3 with biases and a window", "gemma2"])
+def test_greedy_tokens_of_the_whole_engine(tmp_path, name):
+    """Four requests side by side, prompts in chunks, contexts of several blocks and windows."""
+    kind, changes = SMALL[name]
+    random_model(tmp_path, kind, **changes)
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    core = engine(load_model(tmp_path, "cpu", "float32"), block_size=BLOCK, max_batched_tokens=16)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(61, (n,), generator=generator).tolist() for n in (40, 3, 25, 17)]
+    params = SamplingParams(temperature=0.0, max_tokens=30)
+    found = run(core, [Request(id=str(i), prompt_ids=p, params=params) for i, p in enumerate(prompts)])
+    for i, prompt in enumerate(prompts):
+        assert_greedy(tokens(found[str(i)]), oracle, prompt)
+
+
+def test_embedding_scale_is_rounded_as_transformers_rounds_it():
+    theirs = Gemma2TextScaledWordEmbedding(61, 48, 0, 48**0.5).bfloat16()
+    spec = replace(tiny_model("gqa").spec, embedding_scale=48**0.5)
+    ids = torch.arange(61)
+    assert torch.equal(embed(ids, theirs.weight, spec), theirs(ids))
+
+
+def test_mimo_is_qwen2_with_layers_to_leave_out(tmp_path):
+    random_model(tmp_path, Qwen2Config)
+    path, tensors = tmp_path / "config.json", load_file(tmp_path / "model.safetensors")
+    qwen = open_checkpoint(tmp_path)
+    own = {"model_type": "mimo", "num_nextn_predict_layers": 1, "auto_map": {"AutoModel": "modeling_mimo.MiMoModel"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    tensors |= {"model.mtp_layers.0.input_proj.weight": torch.zeros(48, 96)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    mimo = open_checkpoint(tmp_path)
+    assert mimo.spec == qwen.spec
+    assert all(torch.equal(tensor, qwen.layer(1)[name]) for name, tensor in mimo.layer(1).items())
 
 
 def test_shards_as_transformers_writes_them(tmp_path):

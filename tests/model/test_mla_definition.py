@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from engine.checkpoint.mla_format import config_from_spec
 from engine.model.batch import Batch
 from engine.model.load import load_model
-from engine.spec import GatedMLPSpec, LayerSpec, MLASpec, ModelSpec, RopeSpec
+from engine.spec import GatedMLPSpec, HeadNormSpec, LayerSpec, MLASpec, ModelSpec, RopeSpec
 from tests.checkpoint.folders import random_tensors
 
 YARN_LIKE = RopeSpec((1.0, 0.3, 0.05), "half", 1.2)
@@ -29,7 +30,16 @@ ATTENTIONS = {
     "groups that rotate alike": MLASpec(6, 5, 3, 4, 7, 0.3, RopeSpec((1.0, 0.1) * 3, "half"), rope_groups=3),
     "rotated channels alone": MLASpec(6, 5, 0, 4, 7, 0.3, GROUPED, rope_groups=2),
     "no rotated channels": MLASpec(6, 9, 4, 0, 3, 0.3, RopeSpec(())),
-}
+    "a window of a block, capped scores": MLASpec(6, 5, 4, 6, 3, 0.3, YARN_LIKE, sliding_window=8, score_softcap=0.5),
+    "a window within a block": MLASpec(6, 5, 3, 4, 7, 0.3, GROUPED, rope_groups=2, sliding_window=3),
+    "a window of one": MLASpec(6, 5, 4, 6, 3, 0.3, YARN_LIKE, sliding_window=1, latent_norm_eps=1e-3),
+    "normed heads": MLASpec(6, 5, 4, 6, 3, 0.3, YARN_LIKE, head_norm=HeadNormSpec(2, 4, 1e-3)),
+    "normed heads, biases, rotated channels alone, a window, capped scores": MLASpec(
+        6, 5, 0, 4, 7, 0.3, GROUPED, rope_groups=2, q_bias=True, kv_a_bias=True, o_bias=True, sliding_window=9,
+        score_softcap=0.5, head_norm=HeadNormSpec(3, 5, 1e-3),
+    ),
+    "normed heads, no rotated channels": MLASpec(6, 9, 4, 0, 3, 0.3, RopeSpec(()), head_norm=HeadNormSpec(1, 4, 1e-3)),
+}  # fmt: skip
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,7 +67,10 @@ def attention(s: MLASpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         return F.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
 
     n, dr, r = s.qk_nope_head_dim, s.qk_rope_head_dim, s.kv_lora_rank
-    queries, kv_a = project("q_proj"), project("kv_a_proj_with_mqa")
+    if s.head_norm is None:
+        queries, kv_a = project("q_proj"), project("kv_a_proj_with_mqa")
+    else:
+        queries, kv_a = normed_projections(s, s.head_norm, project, tensors)
     latent = kv_a[:, :r]
     if s.latent_norm_eps is not None:
         latent = norm(latent, tensors["kv_a_layernorm.weight"], s.latent_norm_eps)
@@ -70,9 +83,27 @@ def attention(s: MLASpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         kv = up[:, h * (n + s.v_head_dim) : (h + 1) * (n + s.v_head_dim)]
         k_rope = rotate(kv_a[:, r + g * dr : r + (g + 1) * dr], inv_freq, s.rope)
         scores = (q[:, :n] @ kv[:, :n].T + rotate(q[:, n:], inv_freq, s.rope) @ k_rope.T) * s.softmax_scale
-        hidden = torch.ones_like(scores).triu(1).bool()
+        if s.score_softcap is not None:
+            scores = s.score_softcap * (scores / s.score_softcap).tanh()
+        ages = torch.arange(len(x))[:, None] - torch.arange(len(x))
+        hidden = (ages < 0) | (ages >= (s.sliding_window or len(x)))
         outs.append(scores.masked_fill(hidden, float("-inf")).softmax(-1) @ kv[:, n:])
     return F.linear(torch.cat(outs, -1), tensors["o_proj.weight"], tensors.get("o_proj.bias"))
+
+
+def normed_projections(
+    s: MLASpec, of: HeadNormSpec, project: Callable[[str], Tensor], tensors: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """-> queries [S, H (n + dr)] and what is cached, before any rotation."""
+    queries = []
+    for h, q in enumerate(project("q_proj").split(of.head_dim, 1)):
+        q = norm(q, tensors["q_norm.weight"], of.eps)
+        own = tensors["q_rope_proj.weight"][h * s.qk_rope_head_dim : (h + 1) * s.qk_rope_head_dim]
+        queries += [q, q @ own.T] if s.qk_nope_head_dim else [q @ own.T]
+    keys = [norm(k, tensors["k_norm.weight"], of.eps) for k in project("k_proj").split(of.head_dim, 1)]
+    kv = torch.cat((*keys, project("v_proj")), 1)
+    row = kv @ tensors["kv_a_proj_with_mqa.weight"].T + tensors.get("kv_a_proj_with_mqa.bias", 0.0)
+    return torch.cat(queries, 1), row
 
 
 def logits(spec: ModelSpec, stored: dict[str, Tensor], ids: Tensor) -> Tensor:
