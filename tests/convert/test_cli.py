@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from convert import conversion
 from convert.cli import main
+from convert.partial import partial_folder
 from engine.checkpoint import open_checkpoint
 from tests.convert.sources import BOS, EOS, make_source, oracle, write_text
 
@@ -221,15 +222,20 @@ def test_overwriting(tmp_path: Path, source: Path, text: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, torch.OutOfMemoryError, MemoryError, RuntimeError])
-def test_a_failure_midway_leaves_everything_as_it_was(
-    tmp_path: Path, source: Path, text: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
+def test_a_failure_midway_leaves_the_earlier_output_and_what_is_finished(
+    tmp_path: Path,
+    source: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: type[BaseException],
 ) -> None:
     out = tmp_path / "folder" / "out"
     arguments = ["--model", str(source), "--out", str(out), "--calibration", str(text), "--method", "exact"]
     assert main(arguments) == 0
     before = contents(out)
 
-    def interrupted(*args: Any, **kwargs: Any) -> None:
+    def interrupted(*args: Any, finished: Any) -> None:
         """After one layer is written."""
         sink = args[5]
 
@@ -237,7 +243,7 @@ def test_a_failure_midway_leaves_everything_as_it_was(
             sink(*layer)
             raise failure
 
-        sweep(*args[:5], once)
+        sweep(*args[:5], once, finished=finished)
 
     sweep = conversion.sweep
     monkeypatch.setattr(conversion, "sweep", interrupted)
@@ -246,11 +252,16 @@ def test_a_failure_midway_leaves_everything_as_it_was(
             main([*arguments, "--overwrite"])
     else:
         assert main([*arguments, "--overwrite"]) == (130 if failure is KeyboardInterrupt else 2)
+    assert "the same command continues" in capsys.readouterr().err
+    assert sorted((tmp_path / "folder").iterdir()) == [partial_folder(out), out]
+    assert contents(out) == before
+    monkeypatch.undo()
+    assert main([*arguments, "--overwrite"]) == 0
     assert list((tmp_path / "folder").iterdir()) == [out]
     assert contents(out) == before
 
 
-def test_a_terminated_run_leaves_nothing(tmp_path: Path, source: Path) -> None:
+def test_a_run_terminated_before_anything_is_finished_leaves_nothing(tmp_path: Path, source: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     command = [sys.executable, "-m", "convert", "--model", str(source), "--out", str(folder / "out")]
