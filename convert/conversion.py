@@ -82,7 +82,7 @@ def request_fingerprint(request: ConversionRequest, source: Checkpoint, precisio
     said = asdict(request)
     for name in ("source", "out", "overwrite", "calibration_files", "device"):
         del said[name]
-    files = [path.stat() for path in sorted(source.path.iterdir())]
+    files = [path.stat() for path in sorted(source.path.iterdir()) if path.is_file()]
     texts = [hashlib.sha256(read_text(path).encode()).hexdigest() for path in request.calibration_files]
     return {
         "source": str(source.path.resolve()),
