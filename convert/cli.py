@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: out of memory; use --device cpu, or fewer --calibration-tokens", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -49,19 +49,18 @@ def run_convert(arguments: Sequence[str]) -> None:
     args = convert_parser().parse_args(arguments)
     check_json_target(args.json)
     sizes = MethodRequest(args.method, args.cache_ratio, args.kv_lora_rank, args.qk_rope_head_dim, args.freqfold)
-    report = convert(
-        ConversionRequest(
-            source=local_folder(args.model),
-            out=args.out,
-            method=sizes,
-            calibration_files=tuple(args.calibration),
-            calibration_tokens=args.calibration_tokens,
-            dtype=args.dtype,
-            device=args.device,
-            seed=args.seed,
-            overwrite=args.overwrite,
-        )
+    request = ConversionRequest(
+        source=local_folder(args.model),
+        out=args.out,
+        method=sizes,
+        calibration_files=tuple(args.calibration),
+        calibration_tokens=args.calibration_tokens,
+        dtype=args.dtype,
+        device=args.device,
+        seed=args.seed,
+        overwrite=args.overwrite,
     )
+    report = convert(request)
     print(conversion_summary(report, args.model))
     write_json(args.json, report)
 

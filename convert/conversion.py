@@ -1,30 +1,37 @@
 """A conversion from beginning to end: open, calibrate, choose among candidates, convert, measure, write.
 
-Invariant: the output folder appears whole or not at all, and an earlier one stands until then.
+Invariant: the output folder appears whole or not at all, and an earlier one stands until then. Each costly step is kept
+as soon as it is done (partial.py): the calibration text, the choice, each layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from convert import calibration
 from convert.calibration import Calibration
 from convert.errors import ConversionError
+from convert.layer_store import LayerStore
 from convert.memory import weight_bytes
+from convert.partial import PartialWork, is_placed, partial_work, say
 from convert.pipeline import Precision, sweep
 from convert.plan import Candidate, MethodRequest, candidates
+from convert.text import read_text
 from engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
-from engine.model.load import DTYPES, resolve_device
+from engine.checkpoint.json_file import read_json_object
+from engine.checkpoint.writer import check_output
+from engine.model.load import DTYPES, dtype_name, resolve_device
 from engine.spec import LayerSpec, MLASpec, ModelSpec
 
 CALIBRATION_TOKENS = 32768  # 128 windows of 256, as TransMLA has it
+CALIBRATION = "calibration"  # what it is kept under; nothing before it is costly
 EXACT_TOKENS = 2048  # an exact conversion learns nothing from the text; it is measured all the same
 
 
@@ -43,45 +50,106 @@ class ConversionRequest:
 
 @torch.inference_mode()
 def convert(request: ConversionRequest) -> dict[str, Any]:
-    """Convert and write; -> what conversion.json says, and sizes. Raises EngineError, having written nothing."""
+    """Convert and write; -> what conversion.json says, and sizes.
+
+    Raises EngineError. What an interrupted conversion had finished stays in `partial_folder(request.out)`; the same
+    request goes on from there, to the same result bit by bit.
+    """
     source = open_checkpoint(request.source)
     tried = candidates(source.spec, request.method)
     precision = Precision(resolve_device(request.device), _stored_dtype(request.dtype, source))
-    spec = replace(source.spec, dtype=str(precision.stored).removeprefix("torch."))
     tokens = _calibration_tokens(request)
-    with CheckpointWriter(request.out, spec, source, overwrite=request.overwrite) as writer:
-        writer.add_outer(source.outer())
-        text = _calibrate(request, source, tokens)
-        best, trials = _choose(source, text, tried, precision)
-        layers: list[LayerSpec] = []
-        errors: list[float] = []
-
-        def sink(layer: LayerSpec, tensors: Mapping[str, Tensor], error: float) -> None:
-            writer.add_layer(len(layers), tensors, layer)
-            layers.append(layer)
-            errors.append(error)
-
-        result = sweep(source, text.fit, text.check, [best], precision, sink)[0]
-        spec = replace(spec, layers=tuple(layers))
-        conversion = {
-            "source": source.path.resolve().name,
-            "method": request.method.method,
-            "options": {**asdict(request.method), **best.options, "dtype": spec.dtype, "seed": request.seed},
-            "trials": trials,
-            "calibration": text.record,
-            "warnings": _warnings(text, source),
-            "quality": {**result.report(), "tokens": result.tokens, "attention_errors": errors},
-            "layers": [_sizes(layer) for layer in layers],
-            "cache_bytes_per_token": _cache_bytes(spec),
-            "source_cache_bytes_per_token": _cache_bytes(source.spec),
-            "versions": {"torch": str(torch.__version__), "mla-server": _version()},
-        }
-        writer.finish(conversion)
-    return conversion | {
+    fingerprint = request_fingerprint(request, source, precision)
+    placed = is_placed(request.out, fingerprint)
+    if not placed:
+        check_output(request.out, source.path, request.overwrite)
+    with partial_work(request.out, fingerprint, CALIBRATION) as (work, differing):
+        if differing:
+            say(f"starting over: {work.folder} was begun with another {', '.join(differing)}")
+        if not placed:
+            text = _calibration(work, request, source, tokens)
+            best, trials = _choice(work, source, text, tried, precision)
+            _write(work, request, source, text, best, trials, precision)
+    return read_json_object(request.out / "conversion.json") | {
         "out": str(request.out),
-        "weight_bytes": weight_bytes(spec),
+        "weight_bytes": weight_bytes(open_checkpoint(request.out).spec),
         "source_weight_bytes": weight_bytes(source.spec),
     }
+
+
+def request_fingerprint(request: ConversionRequest, source: Checkpoint, precision: Precision) -> dict[str, Any]:
+    """All that decides what is written, as JSON. Raises ConversionError where a calibration file is no text."""
+    said = asdict(request)
+    for name in ("source", "out", "overwrite", "calibration_files", "device"):
+        del said[name]
+    files = [path.stat() for path in sorted(source.path.iterdir()) if path.is_file()]
+    texts = [hashlib.sha256(read_text(path).encode()).hexdigest() for path in request.calibration_files]
+    return {
+        "source": str(source.path.resolve()),
+        "state of the source": [[file.st_size, file.st_mtime_ns] for file in files],
+        "calibration text": texts,
+        "device": str(precision.device),
+        "version": _versions(),
+    } | json.loads(json.dumps({name.replace("_", " "): value for name, value in said.items()}))
+
+
+def _calibration(work: PartialWork, request: ConversionRequest, source: Checkpoint, tokens: int) -> Calibration:
+    if (kept := work.read(CALIBRATION)) is not None:
+        say(f"continuing from {work.folder}")
+        return Calibration(**kept)
+    if request.calibration_files:
+        text = calibration.from_files(source, request.calibration_files, tokens, request.seed)
+    else:
+        text = calibration.from_model(source, tokens, request.seed, request.device)
+    work.keep(CALIBRATION, asdict(text))
+    return text
+
+
+def _choice(
+    work: PartialWork, source: Checkpoint, text: Calibration, tried: list[Candidate], precision: Precision
+) -> tuple[Candidate, list[dict[str, Any]]]:
+    """-> the candidate nearest to the source on the text kept for choosing, and what was found for each."""
+    kept = work.read("choice")
+    if kept is None:
+        best, trials = _choose(source, text, tried, precision)
+        kept = {"best": tried.index(best), "trials": trials}
+        work.keep("choice", kept)
+    return tried[kept["best"]], kept["trials"]
+
+
+def _write(
+    work: PartialWork,
+    request: ConversionRequest,
+    source: Checkpoint,
+    text: Calibration,
+    best: Candidate,
+    trials: list[dict[str, Any]],
+    precision: Precision,
+) -> None:
+    """Convert and write the layers that are not yet, measure the whole, and put it in its place."""
+    spec = replace(source.spec, dtype=dtype_name(precision.stored))
+    with CheckpointWriter(request.out, spec, source, overwrite=request.overwrite, work=work.folder) as writer:
+        if not writer.has(None):
+            writer.add_outer(source.outer())
+        layers = LayerStore(work, writer, spec)
+        result = sweep(source, text.fit, text.check, [best], precision, layers.add, finished=layers.finished)[0]
+        spec = replace(spec, layers=layers.specs())
+        quality = {**result.report(), "tokens": result.tokens, "attention_errors": layers.errors()}
+        writer.finish(
+            {
+                "source": source.path.resolve().name,
+                "method": request.method.method,
+                "options": {**asdict(request.method), **best.options, "dtype": spec.dtype, "seed": request.seed},
+                "trials": trials,
+                "calibration": text.record,
+                "warnings": _warnings(text, source),
+                "quality": quality,
+                "layers": [_sizes(layer) for layer in spec.layers],
+                "cache_bytes_per_token": _cache_bytes(spec),
+                "source_cache_bytes_per_token": _cache_bytes(source.spec),
+                "versions": _versions(),
+            }
+        )
 
 
 def _choose(
@@ -95,12 +163,6 @@ def _choose(
         {**c.options, "kl": r.kl, "perplexity": r.report()["perplexity"]} for c, r in zip(tried, results, strict=True)
     ]
     return tried[min(range(len(tried)), key=lambda i: results[i].kl)], trials
-
-
-def _calibrate(request: ConversionRequest, source: Checkpoint, tokens: int) -> Calibration:
-    if request.calibration_files:
-        return calibration.from_files(source, request.calibration_files, tokens, request.seed)
-    return calibration.from_model(source, tokens, request.seed, request.device)
 
 
 def _calibration_tokens(request: ConversionRequest) -> int:
@@ -137,8 +199,9 @@ def _cache_bytes(spec: ModelSpec) -> int:
     return spec.cache_bytes_per_token(DTYPES[spec.dtype].itemsize)
 
 
-def _version() -> str:
+def _versions() -> dict[str, str]:
     try:
-        return version("mla-server")
+        own = version("mla-server")
     except PackageNotFoundError:  # run from a source tree
-        return "uninstalled"
+        own = "uninstalled"
+    return {"torch": str(torch.__version__), "mla-server": own}

@@ -29,6 +29,8 @@ Windows = Sequence[Sequence[int]]
 # Takes each converted layer as it is made, in order: its spec, its tensors (the attention's as stored, the rest as in
 # the source), and the relative error of its attention's output on the source's own inputs.
 LayerSink = Callable[[LayerSpec, dict[str, Tensor], float], None]
+# The attention of a layer that was converted before, as it was stored, by its number; None: it was not.
+Finished = Callable[[int], tuple[MLASpec, dict[str, Tensor]] | None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Precision:
     def store(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.to(self.stored) for name, t in tensors.items()}
 
+    def laid_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`store`, each tensor contiguous in memory of its own, as it comes back from a file: sums may depend on it."""
+        contiguous = torch.contiguous_format
+        return {name: t.to(self.stored, copy=True, memory_format=contiguous) for name, t in tensors.items()}
+
 
 def sweep(
     source: Checkpoint,
@@ -54,10 +61,11 @@ def sweep(
     precision: Precision,
     sink: LayerSink | None = None,
     description: str = "converting",
+    finished: Finished = lambda _: None,
 ) -> list[Comparison]:
     """Convert the whole model by every candidate, with statistics of `fit`; -> how each compares on `check`.
 
-    `sink` gets the first candidate's layers.
+    `sink` gets the first candidate's layers, but for those that are `finished`, which are not converted again.
     """
     outer = source.outer()
     loaded, stored = precision.load(outer), precision.load(precision.store(outer))
@@ -73,12 +81,17 @@ def sweep(
         as_stored = layer
         if any(t.dtype != precision.stored for t in raw.values()):
             as_stored = Layer(spec, source.spec, precision.load(precision.store(raw)))
+        if (before := finished(index)) is not None:
+            own_streams[0].advance(_with_attention(as_stored, before[0], precision.load(before[1])))
+            fit_stream.advance(layer)
+            check_stream.advance(layer)
+            continue
         methods = [candidate.layers[index] for candidate in candidates]
         learnt = {collect: collect(spec.attention, attention, fit_stream.windows(layer))
                   for collect in dict.fromkeys(method.collect for method in methods)}  # fmt: skip
         for i, (method, stream) in enumerate(zip(methods, own_streams, strict=True)):
             mla, made = method.convert(spec.attention, attention, learnt[method.collect])
-            made = precision.store(made)
+            made = precision.laid_out(made)
             converted = _with_attention(as_stored, mla, precision.load(made))
             if i == 0 and sink is not None:
                 error = relative_error(zip(check_stream.attended(layer), check_stream.attended(converted), strict=True))

@@ -11,6 +11,10 @@ class CheckpointError(EngineError):
     """A checkpoint folder cannot be used: a file, a tensor or a config key, always named, is missing or wrong."""
 
 
+class OutputError(CheckpointError):
+    """A checkpoint cannot be written: a disk is full, or a folder cannot be written to. The input is not at fault."""
+
+
 class RequestError(EngineError):
     """A request cannot be served as asked; `param` is the offending field, or None."""
 

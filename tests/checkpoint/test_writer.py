@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
-from engine.checkpoint.layout import layer_tensors, outer_tensors
+from engine.checkpoint.layout import layer_tensors, outer_tensors, stored_name
+from engine.checkpoint.writer import restore
 from engine.errors import CheckpointError
 from engine.spec import ModelSpec
 from tests.checkpoint.folders import edit_config, llama_folder
@@ -58,38 +62,83 @@ def assert_same(found: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], given[name]) for name in given)
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def leftovers(folder: Path, *expected: str) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted(expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("shard_bytes", [2**30, 1500, 1])
-def test_reads_back(tmp_path, source, shard_bytes, tied):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_reads_back(tmp_path, source, sharded, tied):
     spec = replace(SMALL, tie_embeddings=tied)
-    outer, layers = write(tmp_path / "out", source, spec, shard_bytes=shard_bytes)
+    outer, layers = write(tmp_path / "out", source, spec, **({"single_bytes": 1500} if sharded else {}))
     found = open_checkpoint(tmp_path / "out")
     assert found.spec == spec
     assert found.generation == source.generation
     assert_same(found.outer(), outer)
     for i, layer in enumerate(layers):
         assert_same(found.layer(i), layer)
-    sharded = (tmp_path / "out" / "model.safetensors.index.json").exists()
-    assert sharded == (shard_bytes < 2**30) == (not (tmp_path / "out" / "model.safetensors").exists())
+    files = sorted(path.name for path in (tmp_path / "out").glob("model*"))
+    shards = [f"model-{i}-of-00003.safetensors" for i in ("00001", "00002", "00003")]
+    assert files == ([*shards, "model.safetensors.index.json"] if sharded else ["model.safetensors"])
     assert json.loads((tmp_path / "out" / "conversion.json").read_text()) == {"method": "none"}
     for name in SIDE_FILES:
         assert (tmp_path / "out" / name).read_text() == f"text of {name}"
     leftovers(tmp_path, "source", "out")
 
 
-def test_shards_keep_to_their_size(tmp_path, source):
-    write(tmp_path / "out", source, shard_bytes=1500)
-    shards = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert [path.name for path in shards] == [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
-    ]
-    for path in shards:
-        header = int.from_bytes(path.read_bytes()[:8], "little")
-        assert path.stat().st_size - 8 - header <= 1500
+@pytest.mark.parametrize("single_bytes", [0, 2**30])
+def test_the_library_reads_the_same(tmp_path, source, single_bytes):
+    """Files written here against safetensors' own reader, metadata included; the data is aligned for any dtype."""
+    outer, layers = write(tmp_path / "out", source, single_bytes=single_bytes)
+    given = {stored_name(name): t for name, t in outer.items()}
+    for i, layer in enumerate(layers):
+        given |= {stored_name(name, i): t for name, t in layer.items()}
+    found: dict[str, Tensor] = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(path)
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 64 == 56
+    assert_same(found, given)
+
+
+class TestGoingOn:
+    """A second writer in the folder of one that was stopped."""
+
+    @pytest.mark.parametrize("single_bytes", [0, 2**30])
+    def test_what_is_written_is_kept(self, tmp_path, source, single_bytes):
+        write(tmp_path / "whole", source, single_bytes=single_bytes)
+        outer, layers = parts(SMALL)
+        (tmp_path / "work").mkdir()
+        options = {"work": tmp_path / "work", "single_bytes": single_bytes}
+        with CheckpointWriter(tmp_path / "out", SMALL, source, **options) as writer:
+            writer.add_outer(outer)
+            writer.add_layer(1, layers[1])
+            with pytest.raises(CheckpointError, match=r"o_proj\.weight has weights that are NaN"):
+                writer.add_layer(0, {n: t * math.nan if "o_proj.w" in n else t for n, t in layers[0].items()})
+        (tmp_path / "work" / "shards" / "model-00002-of-00003.safetensors.unfinished").write_bytes(b"half a fi")
+        with CheckpointWriter(tmp_path / "out", SMALL, source, **options) as writer:
+            assert [writer.has(i) for i in (None, 0, 1)] == [True, False, True]
+            assert_same(writer.read_layer(1, SMALL.layers[1]), layers[1])
+            with pytest.raises(CheckpointError, match="layer 1 is already written"):
+                writer.add_layer(1, layers[1])
+            writer.add_layer(0, layers[0])
+            writer.finish({"method": "none"})
+        assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+    def test_stopped_between_the_two_renames(self, tmp_path, source):
+        """The earlier output has moved aside, the new one has not come: `restore` brings the earlier one back."""
+        write(tmp_path / "out", source)
+        before = files(tmp_path / "out")
+        (tmp_path / "out").rename(tmp_path / "replaced")
+        restore(tmp_path / "out", tmp_path)
+        assert files(tmp_path / "out") == before
+        restore(tmp_path / "out", tmp_path)
+        assert files(tmp_path / "out") == before
 
 
 def test_layers_in_any_order_from_any_dtype_and_memory(tmp_path, source):
@@ -189,13 +238,13 @@ class TestOutputFolder:
 
     def test_failure_leaves_the_earlier_output(self, tmp_path, source):
         write(tmp_path / "out", source)
-        before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        before = files(tmp_path / "out")
         with (
             pytest.raises(CheckpointError),
             CheckpointWriter(tmp_path / "out", SMALL, source, overwrite=True) as writer,
         ):
             writer.add_layer(0, {})
-        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+        assert files(tmp_path / "out") == before
         leftovers(tmp_path, "source", "out")
 
     def test_a_folder_of_something_else_is_never_overwritten(self, tmp_path, source):

@@ -9,16 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from convert import conversion
 from convert.cli import main
+from convert.partial import partial_folder
 from engine.checkpoint import open_checkpoint
+from tests.checkpoint.folders import write_shards
 from tests.convert.sources import BOS, EOS, make_source, oracle, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -221,15 +225,20 @@ def test_overwriting(tmp_path: Path, source: Path, text: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, torch.OutOfMemoryError, MemoryError, RuntimeError])
-def test_a_failure_midway_leaves_everything_as_it_was(
-    tmp_path: Path, source: Path, text: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
+def test_a_failure_midway_leaves_the_earlier_output_and_what_is_finished(
+    tmp_path: Path,
+    source: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: type[BaseException],
 ) -> None:
     out = tmp_path / "folder" / "out"
     arguments = ["--model", str(source), "--out", str(out), "--calibration", str(text), "--method", "exact"]
     assert main(arguments) == 0
     before = contents(out)
 
-    def interrupted(*args: Any, **kwargs: Any) -> None:
+    def interrupted(*args: Any, finished: Any) -> None:
         """After one layer is written."""
         sink = args[5]
 
@@ -237,7 +246,7 @@ def test_a_failure_midway_leaves_everything_as_it_was(
             sink(*layer)
             raise failure
 
-        sweep(*args[:5], once)
+        sweep(*args[:5], once, finished=finished)
 
     sweep = conversion.sweep
     monkeypatch.setattr(conversion, "sweep", interrupted)
@@ -246,11 +255,16 @@ def test_a_failure_midway_leaves_everything_as_it_was(
             main([*arguments, "--overwrite"])
     else:
         assert main([*arguments, "--overwrite"]) == (130 if failure is KeyboardInterrupt else 2)
+    assert "the same command continues" in capsys.readouterr().err
+    assert sorted((tmp_path / "folder").iterdir()) == [partial_folder(out), out]
+    assert contents(out) == before
+    monkeypatch.undo()
+    assert main([*arguments, "--overwrite"]) == 0
     assert list((tmp_path / "folder").iterdir()) == [out]
     assert contents(out) == before
 
 
-def test_a_terminated_run_leaves_nothing(tmp_path: Path, source: Path) -> None:
+def test_a_run_terminated_before_anything_is_finished_leaves_nothing(tmp_path: Path, source: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     command = [sys.executable, "-m", "convert", "--model", str(source), "--out", str(folder / "out")]
@@ -266,6 +280,62 @@ def test_a_terminated_run_leaves_nothing(tmp_path: Path, source: Path) -> None:
         process.kill()
         process.wait()
     assert not any(folder.iterdir())
+
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+LAST = "model.layers.1.self_attn.v_proj.weight"
+
+
+def edit_shard(folder: Path, edit: Callable[[Tensor], Tensor]) -> None:
+    tensors = load_file(folder / SHARDS[1])
+    save_file({**tensors, LAST: edit(tensors[LAST])}, folder / SHARDS[1])
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def drop_from_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"][LAST]
+    path.write_text(json.dumps(index))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "truncated shard": (lambda source, _: truncate(source / SHARDS[1]), f"{SHARDS[1]}: truncated or corrupt"),
+    "NaN in the last layer": (lambda source, _: edit_shard(source, lambda t: t * math.nan), f"tensor {LAST} has"),
+    "wrong dtype": (lambda source, _: edit_shard(source, lambda t: t.to(torch.int8)), f"tensor {LAST} has dtype I8"),
+    "missing index entry": (lambda source, _: drop_from_index(source), f"weight_map lacks tensor {LAST}"),
+    "missing shard": (lambda source, _: (source / SHARDS[1]).unlink(), f"{SHARDS[1]}: no such file"),
+    "empty text": (lambda _, text: text.write_text(" \n"), "text.txt: is empty"),
+    "not UTF-8": (lambda _, text: text.write_bytes(b"caf\xe9 " * 999), "text.txt: not UTF-8 text (byte 3)"),
+    "too little text": (lambda _, text: text.write_text("a few words"), "tokens are too few to calibrate on"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_input(
+    tmp_path: Path,
+    source: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path, Path], object],
+    message: str,
+) -> None:
+    """One error; the source, an earlier output and all around it stay as they were."""
+    tensors = load_file(source / "model.safetensors")
+    last = {name: t for name, t in tensors.items() if name.startswith("model.layers.1.")}
+    write_shards(source, dict(zip(SHARDS, ({n: t for n, t in tensors.items() if n not in last}, last), strict=True)))
+    out = tmp_path / "folder" / "out"
+    arguments = ["--model", str(source), "--calibration", str(text), "--out", str(out), "--overwrite"]
+    assert main([*arguments, "--method", "exact"]) == 0
+    damage(source, text)
+    before = contents(source), contents(out)
+    capsys.readouterr()
+    assert_fails(main(arguments), capsys, message)
+    assert (contents(source), contents(out)) == before
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_errors_of_evaluate(tmp_path: Path, source: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

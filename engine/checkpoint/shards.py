@@ -1,0 +1,158 @@
+"""The weight files of a checkpoint as they are written: one for what no layer owns and one for each layer.
+
+Invariant: a file that stands under its name is whole and on the disk, so a writer that is killed loses at most the file
+it was writing, and the next one goes on from there. No more than one tensor is copied in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.checkpoint.tensor_files import DTYPES, INDEX, SINGLE
+from engine.errors import CheckpointError, OutputError
+
+UNFINISHED = ".unfinished"  # suffix of a file that is being written
+CODES = {name: code for code, name in DTYPES.items()}  # "bfloat16" -> "BF16"
+
+
+@contextmanager
+def output_errors(out: Path) -> Iterator[None]:
+    """An OSError while `out` is written, as an OutputError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{out}: cannot be written: {error}") from None
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """`path` appears whole and on the disk, or not at all. Raises OSError."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        with unfinished.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """Atomically; floats read back as they were. Raises OSError."""
+    data = (json.dumps(value, indent=2) + "\n").encode()
+
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    write_atomically(path, write)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class ShardWriter:
+    """File 0 holds what no layer owns, file i + 1 layer i. `written`: the files that are whole."""
+
+    def __init__(self, folder: Path, layers: int, dtype: str) -> None:
+        """`folder`: new, or one that an earlier ShardWriter left. Raises OSError."""
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob(f"*{UNFINISHED}"):
+            path.unlink()
+        self.folder = folder
+        self._dtype = dtype
+        self._paths = [folder / f"model-{i:05d}-of-{layers + 1:05d}.safetensors" for i in range(1, layers + 2)]
+        self.written = {i for i, path in enumerate(self._paths) if path.exists()}
+
+    def write(self, part: int, tensors: Mapping[str, Tensor]) -> None:
+        """`tensors` by their names in the file, on any device. Raises OSError, CheckpointError for NaN and infinity."""
+        dtype: torch.dtype = getattr(torch, self._dtype)
+        entries = {name: Entry(CODES[self._dtype], t.shape, t.numel() * dtype.itemsize) for name, t in tensors.items()}
+
+        def write(file: BinaryIO) -> None:
+            file.write(_header(entries))
+            for name, tensor in tensors.items():
+                stored = tensor.detach().to("cpu", dtype).contiguous()
+                if not torch.isfinite(stored).all():
+                    raise CheckpointError(f"{name} has weights that are NaN or infinite in {self._dtype}")
+                file.write(stored.flatten().view(torch.uint8).numpy().data)
+
+        write_atomically(self._paths[part], write)
+        self.written.add(part)
+
+    def read(self, part: int) -> dict[str, Tensor]:
+        """The tensors of a file that was written, in memory of their own. Raises OSError, SafetensorError."""
+        with safe_open(self._paths[part], framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+    def total_bytes(self) -> int:
+        """Of the weights, once all files are written."""
+        return sum(entry.size for path in self._paths for entry in _read_header(path)[0].values())
+
+    def write_index(self) -> None:
+        """Beside the files, which so are the shards of a checkpoint."""
+        weight_map = {name: path.name for path in self._paths for name in _read_header(path)[0]}
+        write_json(self.folder / INDEX, {"metadata": {"total_size": self.total_bytes()}, "weight_map": weight_map})
+
+    def merge(self, folder: Path) -> None:
+        """All weights as one file in another folder."""
+        headers = [_read_header(path) for path in self._paths]
+        entries = {name: entry for header, _ in headers for name, entry in header.items()}
+
+        def write(file: BinaryIO) -> None:
+            file.write(_header(entries))
+            for path, (_, start) in zip(self._paths, headers, strict=True):
+                with path.open("rb") as part:
+                    part.seek(start)
+                    shutil.copyfileobj(part, file, 1 << 22)
+
+        write_atomically(folder / SINGLE, write)
+
+
+class Entry(NamedTuple):
+    """A tensor in a safetensors file; tensors follow each other without gaps."""
+
+    dtype: str
+    shape: Sequence[int]
+    size: int  # bytes
+
+
+def _header(entries: Mapping[str, Entry]) -> bytes:
+    """safetensors' length and header, padded so that the data is aligned."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, entry in entries.items():
+        offsets = [position, position + entry.size]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        position += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_header(path: Path) -> tuple[dict[str, Entry], int]:
+    """Of a file that `write` wrote: its entries in order, and where the data begins."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    del header["__metadata__"]
+    entries = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        entries[name] = Entry(entry["dtype"], entry["shape"], end - start)
+    return entries, 8 + length
