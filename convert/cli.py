@@ -12,6 +12,7 @@ import torch
 
 from convert.conversion import CALIBRATION_TOKENS, ConversionRequest, convert
 from convert.evaluate import DEFAULT_WINDOW, EvaluationRequest, evaluate
+from convert.methods import mha2mla
 from convert.plan import DEFAULT_CACHE_RATIO, DEFAULT_METHOD, METHODS, MethodRequest
 from convert.report import check_json_target, conversion_summary, evaluation_summary, write_json
 from engine.errors import EngineError
@@ -48,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_convert(arguments: Sequence[str]) -> None:
     args = convert_parser().parse_args(arguments)
     check_json_target(args.json)
-    sizes = MethodRequest(args.method, args.cache_ratio, args.kv_lora_rank, args.qk_rope_head_dim, args.freqfold)
+    sizes = MethodRequest(
+        args.method, args.cache_ratio, args.kv_lora_rank, args.qk_rope_head_dim, args.freqfold, args.partial_rope,
+        args.svd,
+    )  # fmt: skip
     request = ConversionRequest(
         source=local_folder(args.model),
         out=args.out,
@@ -110,12 +114,24 @@ def convert_parser() -> argparse.ArgumentParser:
         "--qk-rope-head-dim",
         type=int,
         metavar="DR",
-        help="numbers in the shared rotated key; transmla: a divisor of the head size",
+        help="numbers in the shared rotated key; transmla, care: a divisor of the head size; mha2mla: for each KV head",
     )
-    size.add_argument(
+    options = parser.add_argument_group(
+        "options of a method (left out, several are tried, and the one nearest to the source on held-out calibration "
+        "text is kept)"
+    )
+    options.add_argument(
         "--freqfold", type=_freqfold, default=None, metavar="F|auto",
-        help="transmla: how many neighbouring RoPE frequencies are treated as one; auto tries several and keeps "
-        "the one nearest to the source on held-out calibration text (default: auto)",
+        help="transmla, care: how many neighbouring RoPE frequencies are treated as one",
+    )  # fmt: skip
+    options.add_argument(
+        "--partial-rope", choices=mha2mla.PARTIAL_ROPE,
+        help="mha2mla: which pairs of channels keep RoPE: the fastest, the slowest, evenly spaced, or those with the "
+        "longest queries and keys",
+    )  # fmt: skip
+    options.add_argument(
+        "--svd", choices=mha2mla.SVD,
+        help="mha2mla: one low rank of keys and values together, or one of each",
     )  # fmt: skip
     text = parser.add_argument_group("calibration")
     text.add_argument(

@@ -22,7 +22,8 @@ from convert.layer_store import LayerStore
 from convert.memory import weight_bytes
 from convert.partial import PartialWork, is_placed, partial_work, say
 from convert.pipeline import Precision, sweep
-from convert.plan import Candidate, MethodRequest, candidates
+from convert.plan import Allocation, Candidate, MethodRequest, candidates
+from convert.survey import settle
 from convert.text import read_text
 from engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from engine.checkpoint.json_file import read_json_object
@@ -56,7 +57,7 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
     request goes on from there, to the same result bit by bit.
     """
     source = open_checkpoint(request.source)
-    tried = candidates(source.spec, request.method)
+    ways = candidates(source.spec, request.method)
     precision = Precision(resolve_device(request.device), _stored_dtype(request.dtype, source))
     tokens = _calibration_tokens(request)
     fingerprint = request_fingerprint(request, source, precision)
@@ -68,7 +69,7 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
             say(f"starting over: {work.folder} was begun with another {', '.join(differing)}")
         if not placed:
             text = _calibration(work, request, source, tokens)
-            best, trials = _choice(work, source, text, tried, precision)
+            best, trials = _choice(work, source, text, ways, precision)
             _write(work, request, source, text, best, trials, precision)
     return read_json_object(request.out / "conversion.json") | {
         "out": str(request.out),
@@ -106,15 +107,19 @@ def _calibration(work: PartialWork, request: ConversionRequest, source: Checkpoi
 
 
 def _choice(
-    work: PartialWork, source: Checkpoint, text: Calibration, tried: list[Candidate], precision: Precision
+    work: PartialWork,
+    source: Checkpoint,
+    text: Calibration,
+    ways: list[Candidate | Allocation],
+    precision: Precision,
 ) -> tuple[Candidate, list[dict[str, Any]]]:
     """-> the candidate nearest to the source on the text kept for choosing, and what was found for each."""
-    kept = work.read("choice")
-    if kept is None:
-        best, trials = _choose(source, text, tried, precision)
-        kept = {"best": tried.index(best), "trials": trials}
-        work.keep("choice", kept)
-    return tried[kept["best"]], kept["trials"]
+    if (kept := work.read("choice")) is not None:
+        return settle(source, text.fit, [ways[kept["best"]]], precision)[0], kept["trials"]
+    tried = settle(source, text.fit, ways, precision)
+    best, trials = _choose(source, text, tried, precision)
+    work.keep("choice", {"best": tried.index(best), "trials": trials})
+    return best, trials
 
 
 def _write(

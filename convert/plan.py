@@ -1,27 +1,32 @@
-"""From what the user asked for to what is tried: the sizes of every layer, and the candidates to choose among."""
+"""From what the user asked for to what is tried: the candidates to choose among, sizes and options of every layer bound."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from convert.attention_statistics import collect_attention
 from convert.errors import ConversionError
-from convert.methods import LayerMethod, exact, learn_nothing, score_aware, transmla
+from convert.methods import LayerMethod, LayerSurvey, care, exact, learn_nothing, mha2mla, score_aware, transmla
+from convert.sizes import head_splits, rope_splits, rope_splits_by_head
 from convert.statistics import collect
 from engine.spec import GQASpec, ModelSpec
 
 DEFAULT_CACHE_RATIO = 0.5
-ROPE_SHARES = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2)  # of the budget, tried by score-aware
 DEFAULT_METHOD = "score-aware"
 METHODS = {
     "score-aware": "keep what attention answers to: RoPE and a joint latent where dropping them would cost the most",
     "exact": "the same function and the same cache size, in MLA form; nothing is lost, nothing is saved",
     "transmla": "rotate keys, keep RoPE on a few channels, joint PCA of the rest with the values (arXiv 2502.07864)",
+    "mha2mla": "keep RoPE on a few pairs of channels of each KV head, SVD of the other weights (arXiv 2502.14837)",
+    "care": "transmla with a covariance-weighted low rank, of its own in every layer (arXiv 2603.17946)",
 }
+
+
+Sizes = tuple[tuple[int, int], ...]  # (r, dr) of every layer
+Splits = Callable[[GQASpec, float], list[tuple[int, int]]]  # of a layer's cache, given a ratio
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class MethodRequest:
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
     freqfold: int | None = None  # None: chosen among all that fit
+    partial_rope: str | None = None  # None: chosen among all there are
+    svd: str | None = None  # None: chosen among both
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,16 @@ class Candidate:
     layers: tuple[LayerMethod[Any], ...]
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """A candidate whose layers share one budget: how it looks at each of them, and the candidate that follows.
+
+    Convert with `survey.settle`, which turns these into Candidates."""
+
+    surveys: tuple[LayerSurvey[Any, Any], ...]
+    allocate: Callable[[Sequence[Any]], Candidate]  # of what the surveys found
+
+
 def gqa_layers(spec: ModelSpec) -> list[GQASpec]:
     """Raises ConversionError unless every layer is GQA."""
     layers = [layer.attention for layer in spec.layers if isinstance(layer.attention, GQASpec)]
@@ -51,127 +68,148 @@ def gqa_layers(spec: ModelSpec) -> list[GQASpec]:
     return layers
 
 
-def split_budget(spec: GQASpec, cache_ratio: float) -> tuple[int, int]:
-    """-> (r, dr) with r + dr at most cache_ratio * 2 g D, the source's cache width.
-
-    dr is the largest of D, D/2, D/4, ... that is even and at most two thirds of the budget: RoPE on more channels
-    kept more of every model measured (docs/conversion.md) than a larger rank did. The rank is rounded down to
-    a power of two's multiple, 16 at most, that costs it no more than an eighth.
-    """
-    budget = _budget(spec, cache_ratio)
-    rope = spec.head_dim
-    while rope % 4 == 0 and 3 * rope > 2 * budget:
-        rope //= 2
-    rank = budget - rope
-    if rank < 1:
-        raise _no_room(spec, cache_ratio, rope + 1)
-    return _rounded(rank), rope
-
-
-def rope_splits(spec: GQASpec, cache_ratio: float) -> list[tuple[int, int]]:
-    """-> (r, dr) with r + dr at most cache_ratio * 2 g D and dr about each of ROPE_SHARES of that.
-
-    dr is a multiple of 16, less where it is small, and the rank is rounded as in `split_budget`.
-    """
-    budget = _budget(spec, cache_ratio)
-    if budget < 3:
-        raise _no_room(spec, cache_ratio, 3)
-    splits = []
-    for share in ROPE_SHARES:
-        rope = max(2, 2 * _rounded(int(share * budget) // 2))
-        splits.append((_rounded(budget - rope), rope))
-    return splits
-
-
-def _budget(spec: GQASpec, cache_ratio: float) -> int:
-    if not 0 < cache_ratio <= 1:
-        raise ConversionError(f"--cache-ratio {cache_ratio:g} is out of range: it must be above 0 and at most 1")
-    return int(cache_ratio * spec.cache_width + 1e-6)
-
-
-def _rounded(number: int) -> int:
-    """Down to a multiple of 16, or of less where that would cost more than an eighth."""
-    step = 16
-    while step > 1 and number < 8 * step:
-        step //= 2
-    return number - number % step
-
-
-def _no_room(spec: GQASpec, cache_ratio: float, least: int) -> ConversionError:
-    ratio = math.ceil(1000 * least / spec.cache_width) / 1000
-    return ConversionError(
-        f"--cache-ratio {cache_ratio:g} leaves no room: this model caches {spec.cache_width} numbers per token and "
-        f"layer, and the smallest ratio that works is {ratio:g}"
-    )
-
-
-def candidates(spec: ModelSpec, request: MethodRequest) -> list[Candidate]:
+def candidates(spec: ModelSpec, request: MethodRequest) -> list[Candidate | Allocation]:
     """The ways to try, one or more. Raises ConversionError on impossible sizes."""
     layers = gqa_layers(spec)
-    if request.method == "exact":
-        return [_exact(layers, request)]
-    if request.method == "score-aware":
-        return _score_aware(layers, request)
-    if request.method == "transmla":
-        return _transmla(layers, request)
-    raise ConversionError(f"--method {request.method} is not known; there are: {', '.join(METHODS)}")
+    ways: dict[str, Callable[[Sequence[GQASpec], MethodRequest], Sequence[Candidate | Allocation]]] = {
+        "exact": _exact, "score-aware": _score_aware, "transmla": _transmla, "mha2mla": _mha2mla, "care": _care,
+    }  # fmt: skip
+    if request.method not in ways:
+        raise ConversionError(f"--method {request.method} is not known; there are: {', '.join(METHODS)}")
+    _check_options_belong(request)
+    return list(ways[request.method](layers, request))
 
 
-def _exact(layers: Sequence[GQASpec], request: MethodRequest) -> Candidate:
-    sized = (request.kv_lora_rank, request.qk_rope_head_dim, request.freqfold)
-    if request.cache_ratio not in (None, 1.0) or any(value is not None for value in sized):
+def _check_options_belong(request: MethodRequest) -> None:
+    methods_of = {"freqfold": ("transmla", "care"), "partial_rope": ("mha2mla",), "svd": ("mha2mla",)}
+    for name, methods in methods_of.items():
+        if getattr(request, name) is not None and request.method not in methods:
+            option = name.replace("_", "-")
+            raise ConversionError(f"--{option} is an option of --method {' and '.join(methods)}; leave it out")
+
+
+def _exact(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:
+    sized = request.kv_lora_rank is not None or request.qk_rope_head_dim is not None
+    if sized or request.cache_ratio not in (None, 1.0):
         raise ConversionError(
-            "--method exact keeps the cache as large as the source's: leave out --cache-ratio, --kv-lora-rank, "
-            "--qk-rope-head-dim and --freqfold, or choose another --method"
+            "--method exact keeps the cache as large as the source's: leave out --cache-ratio, --kv-lora-rank and "
+            "--qk-rope-head-dim, or choose another --method"
         )
-    return Candidate({}, tuple(LayerMethod(learn_nothing, exact.convert_layer) for _ in layers))
+    return [Candidate({}, tuple(LayerMethod(learn_nothing, exact.convert_layer) for _ in layers))]
 
 
 def _score_aware(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:
     """One for each distinct split of the budget, or the one that was given."""
-    if request.freqfold is not None:
-        raise ConversionError("--freqfold is an option of --method transmla; leave it out")
-    ratio = _ratio(request)
-    if ratio is None:
-        by_layer = [[_given_sizes(request)] for _ in layers]
-    else:
-        by_layer = [rope_splits(spec, ratio) for spec in layers]
     found = []
-    for sizes in dict.fromkeys(zip(*by_layer, strict=True)):  # each: (r, dr) of every layer
+    for sizes in _sizes(layers, request, rope_splits):
         methods = []
         for spec, (rank, rope) in zip(layers, sizes, strict=True):
             options = score_aware.ScoreAwareOptions(rank, rope)
             score_aware.check_options(spec, options)
             methods.append(LayerMethod(collect_attention, partial(score_aware.convert_layer, options=options)))
-        found.append(Candidate({"sizes": [list(size) for size in dict.fromkeys(sizes)]}, tuple(methods)))
+        found.append(Candidate(_named(sizes), tuple(methods)))
     return found
 
 
 def _transmla(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:
-    sizes = [_sizes(spec, request) for spec in layers]
+    """One for each split and FreqFold."""
+    return [_transmla_candidate(sizes, fold) for sizes, fold in _folded_sizes(layers, request)]
+
+
+def _transmla_candidate(sizes: Sizes, fold: int) -> Candidate:
+    methods = [
+        LayerMethod(collect, partial(transmla.convert_layer, options=transmla.TransMLAOptions(rank, rope, fold)))
+        for rank, rope in sizes
+    ]
+    return Candidate(_named(sizes) | {"freqfold": fold}, tuple(methods))
+
+
+def _folded_sizes(layers: Sequence[GQASpec], request: MethodRequest) -> list[tuple[Sizes, int]]:
+    """The sizes to try, each with every FreqFold to try; one that was given has to suit some of the sizes."""
+    found, refused = [], ConversionError("no --freqfold fits every layer of this model; choose other sizes")
+    for sizes in _sizes(layers, request, head_splits):
+        for spec, (rank, rope) in zip(layers, sizes, strict=True):
+            transmla.check_sizes(spec, rank, rope)
+        # What fits every layer, for a model whose layers are not all alike.
+        fitting = (set(transmla.freqfolds(s, dr)) for s, (_, dr) in zip(layers, sizes, strict=True))
+        folds = sorted(set.intersection(*fitting)) if request.freqfold is None else [request.freqfold]
+        try:
+            for spec, (rank, rope) in zip(layers, sizes, strict=True):
+                for fold in folds:
+                    transmla.check_options(spec, transmla.TransMLAOptions(rank, rope, fold))
+        except ConversionError as error:
+            refused = error
+        else:
+            found += [(sizes, fold) for fold in folds]
+    if not found:
+        raise refused
+    return found
+
+
+def _mha2mla(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:
+    """One for each split, choice of pairs and kind of SVD."""
+    found = []
+    for sizes in _sizes(layers, request, rope_splits_by_head):
+        whole = all(rope == spec.head_dim for spec, (_, rope) in zip(layers, sizes, strict=True))
+        ropes = [request.partial_rope] if request.partial_rope else mha2mla.PARTIAL_ROPE[: 1 if whole else None]
+        svds = [request.svd] if request.svd else mha2mla.SVD[: 1 if whole else None]
+        found += [_mha2mla_candidate(layers, sizes, rope, svd) for rope in ropes for svd in svds]
+    return found
+
+
+def _mha2mla_candidate(layers: Sequence[GQASpec], sizes: Sizes, partial_rope: str, svd: str) -> Candidate:
+    methods: list[LayerMethod[Any]] = []
+    collector = mha2mla.collect_pair_norms if partial_rope == "2-norm" else learn_nothing
     for spec, (rank, rope) in zip(layers, sizes, strict=True):
-        transmla.check_sizes(spec, rank, rope)
-    # What fits every layer, for a model whose layers are not all alike.
-    common = set.intersection(*(set(transmla.freqfolds(s, dr)) for s, (_, dr) in zip(layers, sizes, strict=True)))
-    folds = sorted(common) if request.freqfold is None else [request.freqfold]
-    if not folds:
-        raise ConversionError("no --freqfold fits every layer of this model; choose another --qk-rope-head-dim")
-    return [_transmla_candidate(layers, sizes, fold) for fold in folds]
+        options = mha2mla.MHA2MLAOptions(rank, rope, partial_rope, svd)
+        mha2mla.check_options(spec, options)
+        methods.append(LayerMethod(collector, partial(mha2mla.convert_layer, options=options)))
+    return Candidate(_named(sizes) | {"partial_rope": partial_rope, "svd": svd}, tuple(methods))
 
 
-def _transmla_candidate(layers: Sequence[GQASpec], sizes: Sequence[tuple[int, int]], fold: int) -> Candidate:
-    methods = []
-    for spec, (rank, rope) in zip(layers, sizes, strict=True):
-        options = transmla.TransMLAOptions(rank, rope, fold)
-        transmla.check_options(spec, options)
-        methods.append(LayerMethod(collect, partial(transmla.convert_layer, options=options)))
-    return Candidate({"freqfold": fold}, tuple(methods))
+def _care(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate | Allocation]:
+    """One for each split, FreqFold, basis, and ranks that are adjusted or not."""
+    found: list[Candidate | Allocation] = []
+    for sizes, fold in _folded_sizes(layers, request):
+        for basis in care.BASES:
+            found.append(_care_candidate(sizes, fold, basis, "uniform"))
+            if min(rank for rank, _ in sizes) >= 4:
+                found.append(_care_allocation(sizes, fold, basis))
+    return found
 
 
-def _sizes(spec: GQASpec, request: MethodRequest) -> tuple[int, int]:
-    """-> (r, dr) of one layer."""
+def _care_candidate(sizes: Sizes, fold: int, basis: str, ranks: str) -> Candidate:
+    methods = [
+        LayerMethod(collect, partial(care.convert_layer, options=care.CareOptions(rank, rope, fold, basis)))
+        for rank, rope in sizes
+    ]
+    return Candidate(_named(sizes) | {"freqfold": fold, "basis": basis, "ranks": ranks}, tuple(methods))
+
+
+def _care_allocation(sizes: Sizes, fold: int, basis: str) -> Allocation:
+    def allocate(found: Sequence[care.Spectra]) -> Candidate:
+        ranks = care.adjusted_ranks(found, [rank for rank, _ in sizes])
+        adjusted = tuple((rank, rope) for rank, (_, rope) in zip(ranks, sizes, strict=True))
+        return _care_candidate(adjusted, fold, basis, "adjusted")
+
+    surveys = [
+        LayerSurvey(collect, partial(care.spectra, options=care.CareOptions(rank, rope, fold, basis)))
+        for rank, rope in sizes
+    ]
+    return Allocation(tuple(surveys), allocate)
+
+
+def _named(sizes: Sizes) -> dict[str, Any]:
+    """The distinct sizes, as they are reported."""
+    return {"sizes": [list(size) for size in dict.fromkeys(sizes)]}
+
+
+def _sizes(layers: Sequence[GQASpec], request: MethodRequest, splits: Splits) -> list[Sizes]:
+    """The distinct sizes to try: those given, or those that `splits` makes of the cache ratio, layer by layer."""
     ratio = _ratio(request)
-    return _given_sizes(request) if ratio is None else split_budget(spec, ratio)
+    if ratio is None:
+        return [tuple(_given_sizes(request) for _ in layers)]
+    return list(dict.fromkeys(zip(*(splits(spec, ratio) for spec in layers), strict=True)))
 
 
 def _ratio(request: MethodRequest) -> float | None:

@@ -12,6 +12,7 @@ from convert.memory import conversations_that_fit
 
 GPU_MEMORY = 24 << 30
 CONVERSATION = 8192  # tokens
+METHOD_OPTIONS = ("freqfold", "basis", "ranks", "partial_rope", "svd")
 
 
 def check_json_target(path: Path | None) -> None:
@@ -89,8 +90,8 @@ def evaluation_summary(report: Mapping[str, Any]) -> str:
 
 
 def _options(report: Mapping[str, Any]) -> str:
-    fold = report["options"]["freqfold"]
-    return "" if fold is None else f"freqfold {fold}, "
+    chosen = {name: report["options"].get(name) for name in METHOD_OPTIONS}
+    return "".join(f"{name.replace('_', '-')} {value}, " for name, value in chosen.items() if value is not None)
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:

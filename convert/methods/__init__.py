@@ -3,7 +3,7 @@
 A method has two halves. `collect` learns what it needs of a source layer from the calibration text. `convert` reads a
 GQASpec, that layer's attention tensors (named as in the checkpoint, without `model.layers.<i>.self_attn.`) and what was
 learnt, and gives an MLASpec and MLA tensors under DeepSeek's names, in float64 or in the source's dtype. Neither
-reads a file or knows another layer.
+reads a file or knows another layer. What a budget shared among all layers is shared out by, a LayerSurvey finds first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.spec import GQASpec, MLASpec
 
 Learnt = TypeVar("Learnt")
+Found = TypeVar("Found")
 ConvertedLayer = tuple[MLASpec, dict[str, Tensor]]
 
 
@@ -28,6 +29,14 @@ class LayerMethod(Generic[Learnt]):
     # Candidates that share it share its result.
     collect: Callable[[GQASpec, Mapping[str, Tensor], Iterable[Tensor]], Learnt]
     convert: Callable[[GQASpec, Mapping[str, Tensor], Learnt], ConvertedLayer]
+
+
+@dataclass(frozen=True)
+class LayerSurvey(Generic[Learnt, Found]):
+    """What a method wants to know of a layer before any is converted; Found is held for all layers, so it is small."""
+
+    collect: Callable[[GQASpec, Mapping[str, Tensor], Iterable[Tensor]], Learnt]  # as LayerMethod's
+    find: Callable[[GQASpec, Mapping[str, Tensor], Learnt], Found]
 
 
 def learn_nothing(_spec: GQASpec, _tensors: Mapping[str, Tensor], _inputs: Iterable[Tensor]) -> None:

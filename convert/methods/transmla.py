@@ -92,8 +92,8 @@ def rotation(spec: GQASpec, key_moment: Tensor, options: TransMLAOptions) -> Ten
     return out
 
 
-def joint_basis(nope: Tensor, kv_moment: Tensor, rank: int) -> tuple[Tensor, float]:
-    """-> (R [n + g D, r], rho): the leading directions of [nope k / rho; v], `nope` [n, g D] being a map of keys."""
+def balance(nope: Tensor, kv_moment: Tensor) -> tuple[Tensor, float]:
+    """-> (the moment of [nope k / rho; v] [n + g D, n + g D], rho), `nope` [n, g D] being a map of keys."""
     width = nope.shape[1]
     both = torch.block_diag(nope, torch.eye(width, dtype=nope.dtype, device=nope.device))
     moment = both @ kv_moment @ both.T
@@ -104,8 +104,13 @@ def joint_basis(nope: Tensor, kv_moment: Tensor, rank: int) -> tuple[Tensor, flo
     rho = float(torch.maximum(keys.mean(), floor) / values.mean()) if len(keys) and values.any() and floor > 0 else 1.0
     scale = torch.ones_like(energy)
     scale[: len(nope)] /= rho
-    directions = torch.linalg.eigh(scale[:, None] * moment * scale).eigenvectors.flip(-1)
-    return directions[:, :rank], rho
+    return scale[:, None] * moment * scale, rho
+
+
+def joint_basis(nope: Tensor, kv_moment: Tensor, rank: int) -> tuple[Tensor, float]:
+    """-> (R [n + g D, r], rho): the leading directions of [nope k / rho; v]."""
+    moment, rho = balance(nope, kv_moment)
+    return torch.linalg.eigh(moment).eigenvectors.flip(-1)[:, :rank], rho
 
 
 def convert_layer(
@@ -113,28 +118,36 @@ def convert_layer(
 ) -> ConvertedLayer:
     """-> the MLA layer, tensors in float64. Raises ConversionError where the options do not fit the layer."""
     check_options(spec, options)
-    g, d, dr = spec.num_kv_heads, spec.head_dim, options.qk_rope_head_dim
-    width = g * d
+    width = spec.num_kv_heads * spec.head_dim
     turn = rotation(spec, statistics.kv_moment[:width, :width], options)
-    rope, nope = turn[:dr], turn[dr:]
-    basis, rho = joint_basis(nope, statistics.kv_moment, options.kv_lora_rank)
-    from_k, from_v = basis[: len(nope)], basis[len(nope) :]  # [g D - dr, r], [g D, r]
+    basis, rho = joint_basis(turn[options.qk_rope_head_dim :], statistics.kv_moment, options.kv_lora_rank)
+    scale = torch.ones_like(basis[:, :1])
+    scale[:-width] = rho
+    return absorb(spec, tensors, options, turn, (basis / scale).T, basis * scale)
 
+
+def absorb(
+    spec: GQASpec, tensors: Mapping[str, Tensor], options: TransMLAOptions, turn: Tensor, encode: Tensor, decode: Tensor
+) -> ConvertedLayer:
+    """All maps into the projections: `turn` [g D, g D] of keys, whose first dr rows keep RoPE and whose others are
+    k_nope; the latent is encode [r, n + g D] of [k_nope; v], and decode [n + g D, r] brings those back."""
+    g, d, dr = spec.num_kv_heads, spec.head_dim, options.qk_rope_head_dim
+    rope, nope = turn[:dr], turn[dr:]
+    has_nope = len(nope) > 0  # a single KV head may keep RoPE on every channel
     group_of_head = torch.arange(spec.num_heads, device=turn.device) * g // spec.num_heads
     rope_of_head = rope.unflatten(1, (g, d)).transpose(0, 1)[group_of_head]  # [H, dr, D]
-    has_nope = len(nope) > 0  # a single KV head may keep RoPE on every channel
     out = {name: t for name, t in tensors.items() if name.startswith("o_proj.")}
     for kind in ("weight", "bias") if spec.qkv_bias else ("weight",):
         # A bias is a weight of one column.
         q, k, v = (t[:, None] if t.ndim == 1 else t for t in (tensors[f"{n}_proj.{kind}"].double() for n in "qkv"))
         heads = q.unflatten(0, (spec.num_heads, d))  # [H, D, hidden]
         q_rows = torch.cat((heads, rope_of_head @ heads), 1) if has_nope else rope_of_head @ heads
-        latent = from_k.T @ (nope @ k) / rho + from_v.T @ v
         shape = (-1, *tensors[f"q_proj.{kind}"].shape[1:])
         out[f"q_proj.{kind}"] = q_rows.reshape(shape)
-        out[f"kv_a_proj_with_mqa.{kind}"] = torch.cat((latent, rope @ k)).reshape(shape)
-    v_up = from_v.unflatten(0, (g, d))[group_of_head]  # [H, D, r]
-    k_up = (nope.T @ from_k * rho).unflatten(0, (g, d))[group_of_head]
+        cached = torch.cat((encode @ torch.cat((nope @ k, v)), rope @ k))
+        out[f"kv_a_proj_with_mqa.{kind}"] = cached.reshape(shape)
+    k_up = (nope.T @ decode[: len(nope)]).unflatten(0, (g, d))[group_of_head]  # [H, D, r]
+    v_up = decode[len(nope) :].unflatten(0, (g, d))[group_of_head]
     out["kv_b_proj.weight"] = (torch.cat((k_up, v_up), 1) if has_nope else v_up).flatten(0, 1)
     return _mla_spec(spec, options, d if has_nope else 0), out
 
