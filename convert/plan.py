@@ -1,4 +1,4 @@
-"""From what the user asked for to what is tried: the candidates to choose among, sizes and options of every layer bound."""
+"""From what the user asked for to what is tried: candidates to choose among, every layer's sizes and options bound."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ import math
 from convert.errors import ConversionError
 from engine.spec import GQASpec
 
-ROPE_SHARES = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2)  # of the budget, tried by score-aware and mha2mla
+ROPE_SHARES = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2)  # of the budget, where one rotated key serves all heads
+ROPE_SHARES_BY_HEAD = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)  # where each KV head has its own
 
 
 def split_budget(spec: GQASpec, cache_ratio: float) -> tuple[int, int]:
@@ -58,7 +59,7 @@ def rope_splits_by_head(spec: GQASpec, cache_ratio: float) -> list[tuple[int, in
     if budget < 2 * groups + 2:
         raise _no_room(spec, cache_ratio, 2 * groups + 2)
     splits = []
-    for share in ROPE_SHARES:
+    for share in ROPE_SHARES_BY_HEAD:
         room = min(spec.head_dim, (budget - 2) // groups) // 2  # pairs of a head
         rope = 2 * min(max(1, _rounded(int(share * budget / groups) // 2)), room)
         splits.append((_rounded(budget - groups * rope), rope))
