@@ -1,4 +1,4 @@
-"""The command line: `python -m convert ...` converts, `python -m convert evaluate ...` measures."""
+"""The command line: `python -m convert ...` converts, `... evaluate` measures, `... compare` compares."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pathlib import Path
 
 import torch
 
+from convert.compare import CACHE_RATIOS, CompareRequest, compare
+from convert.compare import METHODS as COMPARED
 from convert.conversion import CALIBRATION_TOKENS, ConversionRequest, convert
 from convert.evaluate import DEFAULT_WINDOW, EvaluationRequest, evaluate
 from convert.methods import mha2mla
 from convert.plan import DEFAULT_CACHE_RATIO, DEFAULT_METHOD, METHODS, MethodRequest
-from convert.report import check_json_target, conversion_summary, evaluation_summary, write_json
+from convert.plots import check_plot_target, plot_comparison, plot_evaluation
+from convert.report import check_json_target, comparison_table, conversion_summary, evaluation_summary, write_json
 from engine.errors import EngineError
 from engine.hub import local_folder
 from engine.model.load import DTYPES
@@ -72,13 +75,39 @@ def run_convert(arguments: Sequence[str]) -> None:
 def run_evaluate(arguments: Sequence[str]) -> None:
     args = evaluate_parser().parse_args(arguments)
     check_json_target(args.json)
+    check_plot_target(args.plot)
     model, reference = local_folder(args.model), local_folder(args.reference)
     report = evaluate(EvaluationRequest(model, reference, args.text, args.window, args.dtype, args.device))
     print(evaluation_summary(report))
     write_json(args.json, report)
+    if args.plot is not None:
+        plot_evaluation(report, args.plot)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"evaluate": run_evaluate}
+def run_compare(arguments: Sequence[str]) -> None:
+    args = compare_parser().parse_args(arguments)
+    check_json_target(args.json)
+    check_plot_target(args.plot)
+    report = compare(
+        CompareRequest(
+            source=local_folder(args.model),
+            text=args.text,
+            methods=tuple(dict.fromkeys(args.methods)),
+            cache_ratios=tuple(dict.fromkeys(args.cache_ratios)),
+            calibration_files=tuple(args.calibration),
+            calibration_tokens=args.calibration_tokens,
+            window=args.window,
+            device=args.device,
+            seed=args.seed,
+        )
+    )
+    print(comparison_table(report))
+    write_json(args.json, report)
+    if args.plot is not None:
+        plot_comparison(report, args.plot)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"evaluate": run_evaluate, "compare": run_compare}
 
 
 def convert_parser() -> argparse.ArgumentParser:
@@ -92,7 +121,9 @@ def convert_parser() -> argparse.ArgumentParser:
         "  python -m convert --model ./llama --out ./mla --cache-ratio 0.28 --calibration book.txt\n"
         "  python -m convert --model ./llama --out ./mla --kv-lora-rank 448 --qk-rope-head-dim 128\n"
         "  python -m convert evaluate --model ./mla --reference ./llama --text other.txt\n"
-        "\n`python -m convert evaluate --help` explains how a conversion is measured.",
+        "  python -m convert compare --model ./llama --calibration book.txt --text other.txt\n"
+        "\n`python -m convert evaluate --help` explains how a conversion is measured,\n"
+        "`python -m convert compare --help` how methods are compared.",
     )
     add = parser.add_argument
     add(
@@ -153,16 +184,16 @@ def evaluate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m convert evaluate",
         description="Measure a converted model against its source on a text: perplexity and bits per byte of both, the "
-        "KL divergence from source to converted (nats per token, 0 is identical), how often both put the same token "
-        "first, and the cache each needs. Use text that the conversion was not calibrated on. The text is cut into "
-        "windows that stand alone; each begins with BOS where the tokenizer adds one, else with the last token of the "
-        "window before, and every other token is predicted once.",
+        "KL divergence from source to converted (nats per token, 0 is identical; over all, and by how many tokens came "
+        "before), how often both put the same token first, and the cache each needs. Use text that the conversion was "
+        "not calibrated on. The text is cut into windows that stand alone; each begins with BOS where the tokenizer "
+        "adds one, else with the last token of the window before, and every other token is predicted once.",
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="the converted model")
     add("--reference", type=Path, required=True, metavar="SRC", help="the model it was converted from")
     add("--text", type=Path, required=True, metavar="FILE.txt", help="UTF-8 text")
-    add("--window", type=int, metavar="N", help=f"tokens seen at once (default: {DEFAULT_WINDOW}, at most the context)")
+    _add_window(parser)
     add(
         "--dtype",
         choices=DTYPE_CHOICES,
@@ -170,7 +201,56 @@ def evaluate_parser() -> argparse.ArgumentParser:
         help="to compute in (default: float32 on a CPU, else as stored)",
     )
     _add_common(parser)
+    _add_plot(parser, "KL by position")
     return parser
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert compare",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Convert a model by several methods at several cache sizes, and measure all of them on one text:\n"
+        "perplexity, KL divergence from the source (nats per token, 0 is identical), how often both put the\n"
+        "same token first, and cache bytes per token. Nothing is written but the report.\n\n"
+        "Methods learn from the calibration text alone. Each runs at its best options (how the cache is split,\n"
+        "FreqFold, which channels keep RoPE, ...): all are tried, and the one nearest to the source on\n"
+        "calibration text that was held out is taken. --text is measured on, and must be another text.",
+        epilog="methods:\n" + "\n".join(f"  {name:11} {text}" for name, text in METHODS.items()) + "\n\nexample:\n"
+        "  python -m convert compare --model ./llama --cache-ratios 0.5 0.25 --calibration book.txt \\\n"
+        "      --text other.txt --json compare.json --plot compare.png",
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="SRC", help="the GQA checkpoint: a folder, or org/name on the hub")
+    add("--text", type=Path, required=True, metavar="FILE.txt", help="UTF-8 text to measure on")
+    add("--methods", nargs="+", choices=METHODS, default=COMPARED, help=f"default: {' '.join(COMPARED)}")
+    add(
+        "--cache-ratios", type=float, nargs="+", default=CACHE_RATIOS, metavar="X",
+        help="cache per token as a fraction of the source's; a method that cannot make one says why "
+        f"(default: {' '.join(f'{ratio:g}' for ratio in CACHE_RATIOS)})",
+    )  # fmt: skip
+    add(
+        "--calibration", type=Path, nargs="+", default=[], metavar="FILE.txt",
+        help="text to learn from and to choose options on (default: text sampled from the source model itself)",
+    )  # fmt: skip
+    add(
+        "--calibration-tokens", type=int, metavar="N", default=CALIBRATION_TOKENS,
+        help="tokens to learn from; a quarter more are held out (default: %(default)s, or all there are)",
+    )  # fmt: skip
+    _add_window(parser)
+    _add_common(parser)
+    _add_plot(parser, "KL against cache size, and by position")
+    add("--seed", type=int, default=0, help="of sampling and of the order of the text (default: %(default)s)")
+    return parser
+
+
+def _add_window(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--window", type=int, metavar="N", help=f"tokens seen at once (default: the context, at most {DEFAULT_WINDOW})"
+    )
+
+
+def _add_plot(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"also draw {what} (needs matplotlib)")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

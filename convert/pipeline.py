@@ -125,5 +125,5 @@ def _compare(
     comparison = Comparison(spec.vocab_size)
     for a, b in zip(source.chunks, own.chunks, strict=True):
         hidden = final(a.predicting(a.x), loaded), final(b.predicting(b.x), stored)
-        comparison.add(*hidden, a.targets, logits(loaded), logits(stored))
+        comparison.add(*hidden, a.targets, a.seen, logits(loaded), logits(stored))
     return comparison

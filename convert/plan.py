@@ -48,6 +48,7 @@ class Candidate:
 
     options: dict[str, Any]
     layers: tuple[LayerMethod[Any], ...]
+    cached: Sizes  # numbers in each layer's latent and rotated keys
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def _exact(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]
             "--method exact keeps the cache as large as the source's: leave out --cache-ratio, --kv-lora-rank and "
             "--qk-rope-head-dim, or choose another --method"
         )
-    return [Candidate({}, tuple(LayerMethod(learn_nothing, exact.convert_layer) for _ in layers))]
+    cached = tuple((spec.num_kv_heads * spec.head_dim,) * 2 for spec in layers)
+    return [Candidate({}, tuple(LayerMethod(learn_nothing, exact.convert_layer) for _ in layers), cached)]
 
 
 def _score_aware(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:
@@ -107,7 +109,7 @@ def _score_aware(layers: Sequence[GQASpec], request: MethodRequest) -> list[Cand
             options = score_aware.ScoreAwareOptions(rank, rope)
             score_aware.check_options(spec, options)
             methods.append(LayerMethod(collect_attention, partial(score_aware.convert_layer, options=options)))
-        found.append(Candidate(_named(sizes), tuple(methods)))
+        found.append(Candidate(_named(sizes), tuple(methods), sizes))
     return found
 
 
@@ -121,7 +123,7 @@ def _transmla_candidate(sizes: Sizes, fold: int) -> Candidate:
         LayerMethod(collect, partial(transmla.convert_layer, options=transmla.TransMLAOptions(rank, rope, fold)))
         for rank, rope in sizes
     ]
-    return Candidate(_named(sizes) | {"freqfold": fold}, tuple(methods))
+    return Candidate(_named(sizes) | {"freqfold": fold}, tuple(methods), sizes)
 
 
 def _folded_sizes(layers: Sequence[GQASpec], request: MethodRequest) -> list[tuple[Sizes, int]]:
@@ -164,7 +166,8 @@ def _mha2mla_candidate(layers: Sequence[GQASpec], sizes: Sizes, partial_rope: st
         options = mha2mla.MHA2MLAOptions(rank, rope, partial_rope, svd)
         mha2mla.check_options(spec, options)
         methods.append(LayerMethod(collector, partial(mha2mla.convert_layer, options=options)))
-    return Candidate(_named(sizes) | {"partial_rope": partial_rope, "svd": svd}, tuple(methods))
+    cached = tuple((rank, spec.num_kv_heads * rope) for spec, (rank, rope) in zip(layers, sizes, strict=True))
+    return Candidate(_named(sizes) | {"partial_rope": partial_rope, "svd": svd}, tuple(methods), cached)
 
 
 def _care(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate | Allocation]:
@@ -183,7 +186,7 @@ def _care_candidate(sizes: Sizes, fold: int, basis: str, ranks: str) -> Candidat
         LayerMethod(collect, partial(care.convert_layer, options=care.CareOptions(rank, rope, fold, basis)))
         for rank, rope in sizes
     ]
-    return Candidate(_named(sizes) | {"freqfold": fold, "basis": basis, "ranks": ranks}, tuple(methods))
+    return Candidate(_named(sizes) | {"freqfold": fold, "basis": basis, "ranks": ranks}, tuple(methods), sizes)
 
 
 def _care_allocation(sizes: Sizes, fold: int, basis: str) -> Allocation:

@@ -39,7 +39,7 @@ def conversion_summary(report: Mapping[str, Any], source: Path) -> str:
         for which in ("source_", "")
     ]  # fmt: skip
     ratio = report["cache_bytes_per_token"] / report["source_cache_bytes_per_token"]
-    lines = _table(
+    lines = _columns(
         [
             ("", "source", "converted"),
             ("perplexity", f"{quality['reference_perplexity']:.3f}", f"{quality['perplexity']:.3f}"),
@@ -57,8 +57,8 @@ def conversion_summary(report: Mapping[str, Any], source: Path) -> str:
     return "\n".join(
         [
             f"\n{report['source']} -> {report['out']}",
-            f"{report['method']}, {_options(report)}latent + rope per layer: "
-            f"{', '.join(f'{r} + {rope}' for r, rope in sizes)} ({ratio:.0%} of the cache)",
+            ", ".join(filter(None, (report["method"], _options(report)))),
+            f"latent + rotated per layer: {', '.join(f'{r} + {rope}' for r, rope in sizes)} ({ratio:.0%} of the cache)",
             *lines,
             *(f"warning: {warning}" for warning in report["warnings"]),
             f"Measured on {quality['tokens']:,} tokens held out of the calibration text. Measure on text of your own:",
@@ -75,7 +75,7 @@ def evaluation_summary(report: Mapping[str, Any]) -> str:
     def row(name: str, key: str, form: str) -> tuple[str, str, str]:
         return name, format(report[f"reference_{key}"], form), format(report[key], form)
 
-    lines = _table(
+    lines = _columns(
         [
             ("", "reference", "model"),
             row("perplexity", "perplexity", ".4f"),
@@ -86,14 +86,60 @@ def evaluation_summary(report: Mapping[str, Any]) -> str:
         ]
     )
     where = f"{report['tokens']:,} predicted tokens of {report['text']}, windows of {report['window']}"
-    return "\n".join([*lines, where])
+    return "\n".join([*lines, where, "", "KL by how many tokens came before:", *_by_position(report)])
+
+
+def comparison_table(report: Mapping[str, Any]) -> str:
+    """`report`: as `compare.compare` gives it."""
+    rows = report["rows"]
+    reference = next(row for row in rows if "error" not in row)
+    cells = [("cache", "method", "refined", "bytes/token", "perplexity", "KL", "same top token", "options")]
+    for row in rows:
+        cells.append((f"{row['cache_ratio']:.1%}", row["method"], row["refine"], *_measured(row)))
+    return "\n".join(
+        [
+            f"\n{report['model']}: perplexity {reference['reference_perplexity']:.3f}, "
+            f"{reference['reference_cache_bytes_per_token']:,} cache bytes per token",
+            *_columns(cells, left=(1, 7)),
+            f"KL to the source in nats per token; {reference['tokens']:,} predicted tokens of {report['text']}, "
+            f"windows of {reference['window']}.",
+            f"Calibrated on {report['calibration']['tokens']:,} tokens ({report['calibration']['source']}); options of "
+            "each method chosen on held-out calibration text.",
+            *dict.fromkeys(
+                f"{row['method']} at {row['cache_ratio']:.1%}: {row['error']}" for row in rows if "error" in row
+            ),
+        ]
+    )
+
+
+def _measured(row: Mapping[str, Any]) -> tuple[str, ...]:
+    if "error" in row:
+        return ("", "", "", "", "not possible, see below")
+    return (
+        f"{row['cache_bytes_per_token']:,}", f"{row['perplexity']:.3f}", f"{row['kl']:.4g}",
+        f"{row['top1_agreement']:.1%}", _options(row),
+    )  # fmt: skip
+
+
+def _by_position(report: Mapping[str, Any]) -> list[str]:
+    return [
+        f"  {bucket['from']:>6,} to {bucket['to']:>6,}  {bucket['kl']:.4g}  ({bucket['tokens']:,} tokens)"
+        for bucket in report["kl_by_position"]
+    ]
 
 
 def _options(report: Mapping[str, Any]) -> str:
     chosen = {name: report["options"].get(name) for name in METHOD_OPTIONS}
-    return "".join(f"{name.replace('_', '-')} {value}, " for name, value in chosen.items() if value is not None)
+    return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in chosen.items() if value is not None)
 
 
-def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+def _columns(rows: Sequence[tuple[str, ...]], left: Sequence[int] = (0,)) -> list[str]:
+    """Rows of cells as lines; the cells numbered in `left` begin where their column does, the others end there."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            f"{c:<{w}}" if i in left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

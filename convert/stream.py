@@ -31,6 +31,9 @@ class Chunk:
         self.num_blocks = self.num_windows * -(-self.length // BLOCK_SIZE)
         self.token_ids = ids.flatten()
         self.targets = ids[:, 1:].flatten()  # what the windows' tokens predict; the last of each predicts nothing
+        self.seen = torch.arange(1, self.length, device=ids.device).repeat(
+            self.num_windows
+        )  # tokens before each target
         self.x = embed(self.token_ids, embedding, spec)
 
     def predicting(self, rows: Tensor) -> Tensor:

@@ -24,12 +24,12 @@ def settle(
     """The candidates in order; where there are allocations, after one pass of the source over `fit` for all of them."""
     found: dict[int, list[Any]] = {i: [] for i, way in enumerate(tried) if isinstance(way, Allocation)}
     if found:
-        stream = Stream(fit, precision.load(source.outer())["embed_tokens.weight"])
+        stream = Stream(fit, precision.load(source.outer())["embed_tokens.weight"], source.spec)
         for index, spec in enumerate(tqdm(source.spec.layers, "surveying", unit="layer", disable=None)):
             assert isinstance(spec.attention, GQASpec)  # candidates exist for GQA models alone
             tensors = precision.load(source.layer(index))
             attention = {n.removeprefix("self_attn."): t for n, t in tensors.items() if n.startswith("self_attn.")}
-            layer = Layer(spec, source.spec.norm_eps, tensors)
+            layer = Layer(spec, source.spec, tensors)
             surveys = {i: way.surveys[index] for i, way in enumerate(tried) if isinstance(way, Allocation)}
             learnt = {collect: collect(spec.attention, attention, stream.windows(layer))
                       for collect in dict.fromkeys(survey.collect for survey in surveys.values())}  # fmt: skip

@@ -52,6 +52,8 @@ def check_options(spec: GQASpec, options: MHA2MLAOptions) -> None:
             f"--qk-rope-head-dim {rope} does not fit heads of {d} channels: it must be even and between 2 and {d} "
             "(with --method mha2mla each KV head has that many)"
         )
+    if spec.qkv_bias and spec.score_softcap is not None:
+        raise ConversionError("--method mha2mla cannot convert a layer with key biases and capped scores")
     widest = spec.num_kv_heads * (2 * d - rope)
     if not 2 <= rank <= widest:
         raise ConversionError(
@@ -172,4 +174,6 @@ def _mla_spec(spec: GQASpec, options: MHA2MLAOptions, kept: Tensor) -> MLASpec:
         q_bias=spec.qkv_bias,
         kv_a_bias=spec.qkv_bias,
         o_bias=spec.o_bias or spec.qkv_bias,
+        sliding_window=spec.sliding_window,
+        score_softcap=spec.score_softcap,
     )
