@@ -150,6 +150,11 @@ def _folded_sizes(layers: Sequence[GQASpec], request: MethodRequest) -> list[tup
 
 def _mha2mla(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:
     """One for each split, choice of pairs and kind of SVD."""
+    if any(spec.qk_norm_eps is not None for spec in layers):
+        raise ConversionError(
+            "--method mha2mla factors the weights that make keys, and this model normalises what they make (QK norm); "
+            "choose another --method"
+        )
     found = []
     for sizes in _sizes(layers, request, rope_splits_by_head):
         whole = all(rope == spec.head_dim for spec, (_, rope) in zip(layers, sizes, strict=True))

@@ -57,8 +57,8 @@ def conversion_summary(report: Mapping[str, Any], source: Path) -> str:
     return "\n".join(
         [
             f"\n{report['source']} -> {report['out']}",
-            ", ".join(filter(None, (report["method"], _options(report)))),
-            f"latent + rotated per layer: {', '.join(f'{r} + {rope}' for r, rope in sizes)} ({ratio:.0%} of the cache)",
+            ", ".join(filter(None, (report["method"], _options(report)))) + ", latent + rope per layer: "
+            f"{', '.join(f'{r} + {rope}' for r, rope in sizes)} ({ratio:.0%} of the cache)",
             *lines,
             *(f"warning: {warning}" for warning in report["warnings"]),
             f"Measured on {quality['tokens']:,} tokens held out of the calibration text. Measure on text of your own:",

@@ -174,6 +174,4 @@ def _mla_spec(spec: GQASpec, options: MHA2MLAOptions, kept: Tensor) -> MLASpec:
         q_bias=spec.qkv_bias,
         kv_a_bias=spec.qkv_bias,
         o_bias=spec.o_bias or spec.qkv_bias,
-        sliding_window=spec.sliding_window,
-        score_softcap=spec.score_softcap,
     )

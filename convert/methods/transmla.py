@@ -166,6 +166,4 @@ def _mla_spec(spec: GQASpec, options: TransMLAOptions, nope_dim: int) -> MLASpec
         q_bias=spec.qkv_bias,
         kv_a_bias=spec.qkv_bias,
         o_bias=spec.o_bias,
-        sliding_window=spec.sliding_window,
-        score_softcap=spec.score_softcap,
     )

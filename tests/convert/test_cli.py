@@ -365,7 +365,7 @@ def test_one_token_without_bos_cannot_be_evaluated(tmp_path: Path, capsys: pytes
     assert_fails(main(["evaluate", *arguments]), capsys, "too short")
 
 
-@pytest.mark.parametrize("command", [[], ["evaluate"]])
+@pytest.mark.parametrize("command", [[], ["evaluate"], ["compare"]])
 def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
