@@ -214,7 +214,8 @@ def compare_parser() -> argparse.ArgumentParser:
         "same token first, and cache bytes per token. Nothing is written but the report.\n\n"
         "Methods learn from the calibration text alone. Each runs at its best options (how the cache is split,\n"
         "FreqFold, which channels keep RoPE, ...): all are tried, and the one nearest to the source on\n"
-        "calibration text that was held out is taken. --text is measured on, and must be another text.",
+        "calibration text that was held out is taken. --text is measured on, and must be another text.\n"
+        "`python -m convert evaluate --help` says more of how a text is measured on.",
         epilog="methods:\n" + "\n".join(f"  {name:11} {text}" for name, text in METHODS.items()) + "\n\nexample:\n"
         "  python -m convert compare --model ./llama --cache-ratios 0.5 0.25 --calibration book.txt \\\n"
         "      --text other.txt --json compare.json --plot compare.png",
