@@ -3,7 +3,8 @@
 An error e in the score of query t and key s of head h changes what the layer adds to the residual stream by
 `a W_o[h] (v_s - o_t) e`, with a the attention weight, o_t = sum_s a v_s. Its squared length for e = 1 is the
 *sensitivity* w[h, t, s] = a^2 |W_o[h] (v_s - o_t)|^2, and everything about queries and keys is weighted by it. Values
-are counted as they arrive in the output: mixed by the attention weights.
+are counted as they arrive in the output: mixed by the attention weights. Those are the layer's own, windows and caps
+included; where scores are capped, e is an error before the cap, which passes it multiplied by 1 - tanh^2.
 
 Invariant: sums over tokens are float64; attention matrices exist for at most BLOCK_ELEMENTS weights at a time.
 """
@@ -108,13 +109,21 @@ class _Sums:
         layout, scale = self.spec.rope.layout, self.spec.softmax_scale * self.spec.rope.scale**2
         qc, kc = pairs(q, layout), pairs(k, layout)
         scores = _real(qc * turn[rows]) @ _real(kc * turn).mT * scale
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(rows.start + 1)
+        cap, window = self.spec.score_softcap, self.spec.sliding_window
+        if cap is not None:
+            scores = (scores / cap).tanh_()
+            passed = (1 - scores.square()).square_()
+            scores *= cap
+        ages = torch.arange(rows.start, rows.stop, device=q.device)[:, None] - torch.arange(len(turn), device=q.device)
+        hidden = ages < 0 if window is None else (ages < 0) | (ages >= window)
         a = scores.masked_fill_(hidden, -math.inf).softmax(-1)  # [H, R, T]
         mixed = a @ kv  # [H, R, 2 g D]
         out = a @ v  # [H, R, D]
         seen, made = v @ self.metric, out @ self.metric
         square = (seen * v).sum(-1)[:, None] - 2 * made @ v.mT + (made * out).sum(-1)[..., None]
         w = a.square() * square.clamp_min_(0)
+        if cap is not None:
+            w *= passed
         self.query += ((q * w.sum(-1, keepdim=True)).mT @ q).double()
         self.mixed_first += mixed.sum(1, dtype=torch.float64)
         flat = mixed.flatten(0, 1).double()

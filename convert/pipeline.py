@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from convert.linear_view import linear_view
 from convert.plan import Candidate
 from convert.quality import Comparison, relative_error
 from convert.stream import Stream
@@ -87,10 +88,11 @@ def sweep(
             check_stream.advance(layer)
             continue
         methods = [candidate.layers[index] for candidate in candidates]
-        learnt = {collect: collect(spec.attention, attention, fit_stream.windows(layer))
+        view = linear_view(spec.attention, attention)
+        learnt = {collect: collect(view.spec, view.tensors, view.inputs(fit_stream.windows(layer)))
                   for collect in dict.fromkeys(method.collect for method in methods)}  # fmt: skip
         for i, (method, stream) in enumerate(zip(methods, own_streams, strict=True)):
-            mla, made = method.convert(spec.attention, attention, learnt[method.collect])
+            mla, made = view.finish(*method.convert(view.spec, view.tensors, learnt[method.collect]))
             made = precision.laid_out(made)
             converted = _with_attention(as_stored, mla, precision.load(made))
             if i == 0 and sink is not None:

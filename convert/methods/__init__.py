@@ -4,6 +4,8 @@ A method has two halves. `collect` learns what it needs of a source layer from t
 GQASpec, that layer's attention tensors (named as in the checkpoint, without `model.layers.<i>.self_attn.`) and what was
 learnt, and gives an MLASpec and MLA tensors under DeepSeek's names, in float64 or in the source's dtype. Neither
 reads a file or knows another layer. What a budget shared among all layers is shared out by, a LayerSurvey finds first.
+What the layer is to a method, and how what it gives becomes the layer that is written, is in `convert/linear_view.py`:
+queries and keys that are normalised, windows, caps.
 """
 
 from __future__ import annotations

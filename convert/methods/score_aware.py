@@ -148,8 +148,9 @@ def latent_maps(
     value_root, value_inverse = roots(torch.block_diag(*(out.mT @ out)))
     root = torch.block_diag(key_root @ keys, value_root)  # [n + g D, 2 g D]: of [k; v], in the metric
     kv_mean, mixed_mean = statistics.kv_mean, statistics.mixed_mean.mean(0)
-    key_moment = root @ (statistics.kv_moment - torch.outer(kv_mean, kv_mean)) @ root.mT
-    value_moment = root @ (statistics.mixed_moment - torch.outer(mixed_mean, mixed_mean)) @ root.mT
+    centred = float(spec.score_softcap is None)
+    key_moment = root @ (statistics.kv_moment - centred * torch.outer(kv_mean, kv_mean)) @ root.mT
+    value_moment = root @ (statistics.mixed_moment - centred * torch.outer(mixed_mean, mixed_mean)) @ root.mT
     encode, decode = joint_low_rank(key_moment, value_moment, len(keys), rank)
     return encode @ root, torch.block_diag(key_inverse, value_inverse) @ decode
 
@@ -179,7 +180,8 @@ def convert_layer(
     group_of_head = torch.arange(spec.num_heads, device=encode.device) * groups // spec.num_heads
     k_up = nope_queries.mT @ decode[: len(nope_keys)]  # [H, D, r]: the queries themselves stay as they are
     v_up = decode[len(nope_keys) :].unflatten(0, (groups, d))[group_of_head]  # [H, D, r]
-    mean = statistics.mixed_mean.mean(0)
+    # A cap is the one thing that notices a constant added to all scores: there, nothing is centred.
+    mean = statistics.mixed_mean.mean(0) * float(spec.score_softcap is None)
     # What the latent does not bring back of each head's own mean value joins the bias, so that outputs keep their mean.
     values = statistics.mixed_mean[:, width:].unflatten(1, (groups, d))
     values = values[torch.arange(spec.num_heads, device=values.device), group_of_head]  # [H, D]

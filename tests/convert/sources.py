@@ -10,16 +10,33 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     LlamaConfig,
-    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2ForCausalLM,
+    Qwen3Config,
 )
 
 BOS, EOS, USER, ASSISTANT = 0, 1, 2, 3
 VOCAB = 260
+FAMILIES: dict[str, type[PreTrainedConfig]] = {
+    kind.model_type: kind for kind in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Gemma2Config)
+}
+# Of the families that are more than Llama with biases: what sets each apart, at sizes that bite within 50 tokens.
+APART: dict[str, dict[str, Any]] = {
+    "mistral, a window": {"family": "mistral", "sliding_window": 7},
+    "qwen2, a window in one layer": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 16,
+                                     "max_window_layers": 1},
+    "qwen3": {"family": "qwen3", "head_dim": 10},
+    "qwen3, biases and a window": {"family": "qwen3", "head_dim": 12, "attention_bias": True,
+                                   "use_sliding_window": True, "sliding_window": 9,
+                                   "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {"family": "gemma2", "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 9,
+               "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "tie_word_embeddings": True},
+}  # fmt: skip
 CHAT_TEMPLATE = (
     "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -65,7 +82,7 @@ def make_source(
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": BOS,
         "eos_token_id": EOS, "tie_word_embeddings": False, **config,
     }  # fmt: skip
-    made = Qwen2ForCausalLM(Qwen2Config(**settings)) if family == "qwen2" else LlamaForCausalLM(LlamaConfig(**settings))
+    made = AutoModelForCausalLM.from_config(FAMILIES[family](**settings), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.ndim == 2:

@@ -13,7 +13,7 @@ from convert.cli import main
 from engine.checkpoint import open_checkpoint
 from engine.tokenizer import Tokenizer
 from tests.convert.engine_runs import assert_greedy, decode_logits, greedy, prefill_logits
-from tests.convert.sources import make_source, oracle, write_text
+from tests.convert.sources import APART, make_source, oracle, write_text
 
 TOLERANCE = 1e-4
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -24,6 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "biases on q, k, v and o": {"attention_bias": True, "mlp_bias": True},
     "biases on q, k and v": {"family": "qwen2"},
     "tied, bf16": {"tie_word_embeddings": True, "dtype": torch.bfloat16},
+    **APART,
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
                                  "original_max_position_embeddings": 64}},
 }  # fmt: skip

@@ -32,7 +32,7 @@ from engine.spec import GQASpec, MLASpec, RopeSpec
 from tests.conftest import shared
 from tests.convert.engine_runs import assert_engine_is_plain, decode_logits, prefill_logits
 from tests.convert.plain_mla import rotate
-from tests.convert.sources import make_source, oracle, write_text
+from tests.convert.sources import APART, make_source, oracle, write_text
 
 HIDDEN, LENGTH = 20, 12
 CASES: dict[str, dict[str, Any]] = {
@@ -41,15 +41,25 @@ CASES: dict[str, dict[str, Any]] = {
     "interleaved, scaled": {"layout": "interleaved", "scale": 1.3},
     "mha": {"heads": 3, "kv_heads": 3},
     "mqa, 5 pairs": {"heads": 3, "kv_heads": 1, "dim": 10},
+    "a window": {"window": 5},
+    "a window, capped, biases": {"window": 4, "cap": 1.5, "bias": True},
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def gqa(
-    heads: int = 4, kv_heads: int = 2, dim: int = 8, bias: bool = False, layout: Any = "half", scale: float = 1.0
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 8,
+    bias: bool = False,
+    layout: Any = "half",
+    scale: float = 1.0,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> GQASpec:
-    inv_freq = tuple(50.0 ** (-2 * j / dim) for j in range(dim // 2))
-    return GQASpec(heads, kv_heads, dim, 1.7 * dim**-0.5, RopeSpec(inv_freq, layout, scale), bias, bias)
+    rope = RopeSpec(tuple(50.0 ** (-2 * j / dim) for j in range(dim // 2)), layout, scale)
+    limits = {"sliding_window": window, "score_softcap": cap}
+    return GQASpec(heads, kv_heads, dim, 1.7 * dim**-0.5, rope, bias, bias, **limits)  # type: ignore[arg-type]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -87,8 +97,12 @@ def as_pairs(spec: GQASpec, x: Tensor) -> Tensor:
     return torch.complex(re, im)
 
 
-def causal_softmax(scores: Tensor) -> Tensor:
-    return scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
+def causal_softmax(scores: Tensor, spec: GQASpec) -> Tensor:
+    """In the spec's window and under its cap."""
+    seen = torch.ones_like(scores, dtype=torch.bool).tril().triu(1 - (spec.sliding_window or len(scores)))
+    if spec.score_softcap is not None:
+        scores = spec.score_softcap * (scores / spec.score_softcap).tanh()
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1)
 
 
 def direct_statistics(spec: GQASpec, tensors: dict[str, Tensor], windows: Tensor) -> AttentionStatistics:
@@ -106,11 +120,13 @@ def direct_statistics(spec: GQASpec, tensors: dict[str, Tensor], windows: Tensor
         for h in range(heads):
             g = h * spec.num_kv_heads // heads
             w_o = tensors["o_proj.weight"][:, h * d : (h + 1) * d]
-            a = causal_softmax(rotated(spec, q[h]) @ rotated(spec, k[g]).T * spec.softmax_scale)
+            scores = rotated(spec, q[h]) @ rotated(spec, k[g]).T * spec.softmax_scale
+            a = causal_softmax(scores, spec)
+            slope = 1 - (scores / spec.score_softcap).tanh() ** 2 if spec.score_softcap else torch.ones_like(scores)
             for t in range(LENGTH):
                 mixed[h, i * LENGTH + t] = a[t] @ kv
                 for s in range(t + 1):
-                    w = (a[t, s] * (w_o @ (v[g, s] - a[t] @ v[g]))).pow(2).sum()
+                    w = (slope[t, s] * a[t, s] * (w_o @ (v[g, s] - a[t] @ v[g]))).pow(2).sum()
                     query[h] += w * torch.outer(q[h, t], q[h, t])
                     first, second = first + w * kv[s], second + w * torch.outer(kv[s], kv[s])
                     total += float(w)
@@ -228,8 +244,8 @@ def test_low_rank_is_a_minimum(rank: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(m.grad is not None and m.grad.abs().max() < 1e-3 * losses[-1] for m in maps)
 
 
-def mla_attention(spec: MLASpec, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The plain definition: [T, hidden] -> [T, hidden], no cache, no absorption."""
+def mla_attention(spec: MLASpec, tensors: dict[str, Tensor], x: Tensor, source: GQASpec) -> Tensor:
+    """The plain definition: [T, hidden] -> [T, hidden], no cache, no absorption; in the source's window and cap."""
     n, rank = spec.qk_nope_head_dim, spec.kv_lora_rank
     q = (x @ tensors["q_proj.weight"].T + tensors.get("q_proj.bias", 0.0)).unflatten(1, (spec.num_heads, -1))
     row = x @ tensors["kv_a_proj_with_mqa.weight"].T + tensors["kv_a_proj_with_mqa.bias"]
@@ -239,7 +255,7 @@ def mla_attention(spec: MLASpec, tensors: dict[str, Tensor], x: Tensor) -> Tenso
     out = []
     for h in range(spec.num_heads):
         scores = rotate(q[:, h, n:], *turn) @ rotate(row[:, rank:], *turn).T + q[:, h, :n] @ up[:, h, :n].T
-        out.append(causal_softmax(scores * spec.softmax_scale) @ up[:, h, n:])
+        out.append(causal_softmax(scores * spec.softmax_scale, source) @ up[:, h, n:])
     return torch.cat(out, 1) @ tensors["o_proj.weight"].T + tensors["o_proj.bias"]
 
 
@@ -263,7 +279,7 @@ def gqa_attention(
             key = (components.key[f, c][:, None] * kc[:, :, f]).sum(0)
             turn = torch.exp(1j * freq[f] * distance) if number in rope.tolist() else learnt.rotation[h, f]
             scores += (made[:, None] * key.conj() * turn).real
-        a = causal_softmax(scores * spec.softmax_scale * spec.rope.scale**2)
+        a = causal_softmax(scores * spec.softmax_scale * spec.rope.scale**2, spec)
         out.append(a @ v[h * groups // spec.num_heads])
     return torch.cat(out, 1) @ tensors["o_proj.weight"].T + tensors.get("o_proj.bias", 0.0)
 
@@ -277,7 +293,7 @@ def test_full_rank_is_its_plain_definition(case: dict[str, Any], every: bool) ->
     rope = width if every else 4
     mla, made = convert_layer(spec, tensors, learnt, ScoreAwareOptions(2 * width - rope, rope))
     expected = gqa_attention(spec, tensors, x, learnt, rope // 2)
-    torch.testing.assert_close(mla_attention(mla, made, x), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mla_attention(mla, made, x, spec), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_centring_is_exact() -> None:
@@ -287,7 +303,7 @@ def test_centring_is_exact() -> None:
     learnt = collect_attention(spec, tensors, [inputs()])
     moved = replace(learnt, kv_mean=normal(32, seed=30), mixed_mean=normal(4, 32, seed=31))
     made = [convert_layer(spec, tensors, s, ScoreAwareOptions(26, 6)) for s in (learnt, moved)]
-    outs = [mla_attention(*one, x) for one in made]
+    outs = [mla_attention(*one, x, spec) for one in made]
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-6, atol=1e-6)
     assert (made[0][1]["o_proj.bias"] - made[1][1]["o_proj.bias"]).abs().max() > 0.1
 
@@ -299,7 +315,7 @@ def test_means_take_no_rank() -> None:
     tensors |= {f"{n}_proj.bias": 3 * tensors[f"{n}_proj.bias"] for n in "kv"}
     learnt = collect_attention(spec, tensors, [x])
     found, expected = (
-        mla_attention(*convert_layer(spec, tensors, learnt, ScoreAwareOptions(rank, 4)), x[0]) for rank in (3, 28)
+        mla_attention(*convert_layer(spec, tensors, learnt, ScoreAwareOptions(rank, 4)), x[0], spec) for rank in (3, 28)
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -311,7 +327,7 @@ def test_a_layer_that_adds_nothing() -> None:
     learnt = collect_attention(spec, tensors, [inputs()])
     mla, made = convert_layer(spec, tensors, learnt, ScoreAwareOptions(8, 4))
     assert all(torch.isfinite(t).all() for t in made.values())
-    assert mla_attention(mla, made, inputs()[0]).abs().max() == 0
+    assert mla_attention(mla, made, inputs()[0], spec).abs().max() == 0
 
 
 @pytest.mark.parametrize(
@@ -347,6 +363,7 @@ ENGINE_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "mqa, no nope": ({"num_key_value_heads": 1}, ["--kv-lora-rank", "7", "--qk-rope-head-dim", "12"]),
     "head_dim 10, bf16": ({"head_dim": 10, "dtype": torch.bfloat16}, ["--cache-ratio", "0.4"]),
     "yarn": (YARN, ["--cache-ratio", "0.5"]),
+    **{name: (config, ["--cache-ratio", "0.5"]) for name, config in APART.items()},
 }  # fmt: skip
 
 
@@ -357,7 +374,13 @@ def test_engine_against_plain_definition(tmp_path: Path, config: dict[str, Any],
     assert_engine_is_plain(out, ids)
 
 
-@pytest.mark.parametrize("config", [{}, {"family": "qwen2"}, {"num_key_value_heads": 1}, YARN], ids=str)
+WHOLE: dict[str, dict[str, Any]] = {
+    "plain": {}, "qwen2": {"family": "qwen2"}, "mqa": {"num_key_value_heads": 1}, "yarn": YARN,
+    "qwen3": APART["qwen3, biases and a window"], "gemma2": APART["gemma2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", WHOLE.values(), ids=WHOLE.keys())
 def test_the_whole_cache_loses_nothing(tmp_path: Path, config: dict[str, Any]) -> None:
     """With a rope key as wide as all keys and a latent as wide as all values."""
     source = make_source(tmp_path / "source", **config)

@@ -20,7 +20,7 @@ from engine.tokenizer import Tokenizer
 from tests.conftest import shared
 from tests.convert.engine_runs import assert_engine_is_plain, decode_logits, prefill_logits
 from tests.convert.plain_mla import rotate
-from tests.convert.sources import make_source, oracle, write_text
+from tests.convert.sources import APART, make_source, oracle, write_text
 
 TOLERANCE = 1e-4
 
@@ -192,6 +192,7 @@ ENGINE_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "head_dim 10, bf16": ({"head_dim": 10, "dtype": torch.bfloat16}, ["--cache-ratio", "0.4"]),
     "yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
                                   "original_max_position_embeddings": 64}}, ["--cache-ratio", "0.5"]),
+    **{name: (APART[name], ["--cache-ratio", "0.5"]) for name in ("qwen3, biases and a window", "gemma2")},
 }  # fmt: skip
 
 
