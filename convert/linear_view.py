@@ -80,8 +80,8 @@ def _after_norms(
         up = torch.cat((nope.mT @ up[:, :n], up[:, n:]), 1)
     out = {name: t for name, t in made.items() if name.startswith(("o_proj.", "kv_a_proj_with_mqa.bias"))}
     out |= {name: t for name, t in tensors.items() if not name.startswith("o_proj.")}
-    out["q_rope_proj.weight"] = rope.flatten(0, 1).contiguous()
-    out["kv_a_proj_with_mqa.weight"] = made["kv_a_proj_with_mqa.weight"][:, heads * dim :].contiguous()
+    out["q_rope_proj.weight"] = rope.flatten(0, 1)
+    out["kv_a_proj_with_mqa.weight"] = made["kv_a_proj_with_mqa.weight"][:, heads * dim :]
     out["kv_b_proj.weight"] = up.flatten(0, 1)
     norm = HeadNormSpec(source.num_kv_heads, dim, eps)
     return replace(mla, qk_nope_head_dim=dim if n else 0, q_bias=source.qkv_bias, head_norm=norm), out
