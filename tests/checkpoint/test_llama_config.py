@@ -168,6 +168,38 @@ def test_what_has_no_reader_is_refused(tmp_path, kind):
         open_checkpoint(folder)
 
 
+BOOKKEEPING = {
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, "eos_token_id": 1, "initializer_range": 0.02,
+    "rope_scaling": None, "rope_theta": 10000.0, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
+    "use_cache": True,
+}  # fmt: skip
+# The keys that these families' own files have beside CONFIG's and BOOKKEEPING.
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid", "final_logit_softcapping": 30.0,
+        "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+        "pad_token_id": 0, "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_size": 4096,
+    },
+    "mimo": {
+        "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}, "head_dim": 128, "hidden_act": "silu",
+        "max_window_layers": 36, "num_nextn_predict_layers": 1, "sliding_window": 32768, "use_mrope": False,
+        "use_sliding_window": False,
+    },
+    "qwen3": {
+        "head_dim": 128, "hidden_act": "silu", "max_window_layers": 36, "sliding_window": None,
+        "use_sliding_window": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", AS_PUBLISHED)
+def test_keys_of_published_configs_are_understood(family):
+    spec = read(family, **BOOKKEEPING, **AS_PUBLISHED[family], max_position_embeddings=8192)
+    assert [layer.attention.sliding_window for layer in spec.layers] == [4096 if family == "gemma2" else None, None]
+    assert attention(spec).qkv_bias == (family == "mimo")
+    assert (attention(spec).qk_norm_eps is not None) == (family == "qwen3")
+
+
 def test_gemma2():
     spec = read("gemma2", query_pre_attn_scalar=144, rms_norm_eps=1e-6)
     layer = spec.layers[0]

@@ -11,9 +11,13 @@ import torch
 
 from convert.cli import main
 from engine.checkpoint import open_checkpoint
+from engine.messages import Request
+from engine.model.load import load_model
+from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from tests.convert.engine_runs import assert_greedy, decode_logits, greedy, prefill_logits
 from tests.convert.sources import APART, make_source, oracle, write_text
+from tests.engine.tiny import engine, run, tokens
 
 TOLERANCE = 1e-4
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -49,6 +53,22 @@ def test_random_models(tmp_path: Path, config: dict[str, Any]) -> None:
         torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
     assert_greedy(greedy(out, ids[:5], 200), model, ids[:5])
     assert_same_cache(source, out)
+
+
+@pytest.mark.parametrize("name", ["mistral, a window", "qwen3, biases and a window", "gemma2"])
+def test_requests_side_by_side(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in chunks, contexts expanded in pieces, windows that begin in different places of each sequence."""
+    monkeypatch.setattr("engine.model.mla.EXPAND_TOKENS", 16)
+    source = make_source(tmp_path / "source", **APART[name])
+    out = convert_exactly(source, tmp_path / "out")
+    core = engine(load_model(out, "cpu", "float32"), block_size=8, max_batched_tokens=16)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(260, (n,), generator=generator).tolist() for n in (40, 3, 25, 17)]
+    params = SamplingParams(temperature=0.0, max_tokens=30)
+    found = run(core, [Request(id=str(i), prompt_ids=p, params=params) for i, p in enumerate(prompts)])
+    model = oracle(source)
+    for i, prompt in enumerate(prompts):
+        assert_greedy(tokens(found[str(i)]), model, prompt)
 
 
 def test_shared_models(tmp_path: Path, shared_model: Path) -> None:
