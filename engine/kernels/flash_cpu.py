@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_SCORES = 1 << 21  # scores that exist at a time where there is a window or a cap
+BLOCK_SCORES = 1 << 19  # scores that exist at a time where there is a window or a cap
 
 
 def causal_attention(
@@ -70,8 +70,8 @@ def _by_blocks(
         hidden = ages < 0 if window is None else (ages < 0) | (ages >= window)
         scores.masked_fill_(hidden, float("-inf"))
         lse[:, :, rows] = scores.logsumexp(-1)
-        # Of a row that sees nothing, softmax is NaN.
-        out[:, :, rows] = scores.softmax(-1).masked_fill_(hidden.all(-1, keepdim=True), 0) @ v[:, :, first:last]
+        weights = scores.sub_(lse[:, :, rows, None].clamp_min(-1e30)).exp_()  # 0, not NaN, in rows that see nothing
+        out[:, :, rows] = weights @ v[:, :, first:last]
     return out, lse
 
 
