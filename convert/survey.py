@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from convert.linear_view import linear_view
 from convert.pipeline import Precision, Windows
 from convert.plan import Allocation, Candidate
 from convert.stream import Stream
@@ -31,9 +32,10 @@ def settle(
             attention = {n.removeprefix("self_attn."): t for n, t in tensors.items() if n.startswith("self_attn.")}
             layer = Layer(spec, source.spec, tensors)
             surveys = {i: way.surveys[index] for i, way in enumerate(tried) if isinstance(way, Allocation)}
-            learnt = {collect: collect(spec.attention, attention, stream.windows(layer))
+            view = linear_view(spec.attention, attention)
+            learnt = {collect: collect(view.spec, view.tensors, view.inputs(stream.windows(layer)))
                       for collect in dict.fromkeys(survey.collect for survey in surveys.values())}  # fmt: skip
             for i, survey in surveys.items():
-                found[i].append(survey.find(spec.attention, attention, learnt[survey.collect]))
+                found[i].append(survey.find(view.spec, view.tensors, learnt[survey.collect]))
             stream.advance(layer)
     return [way.allocate(found[i]) if isinstance(way, Allocation) else way for i, way in enumerate(tried)]

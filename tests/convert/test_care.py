@@ -19,7 +19,7 @@ from convert.statistics import LayerStatistics
 from engine.checkpoint import open_checkpoint
 from engine.spec import GQASpec, RopeSpec
 from tests.convert.engine_runs import assert_engine_is_plain
-from tests.convert.sources import make_source, write_text
+from tests.convert.sources import APART, make_source, write_text
 
 HEADS, GROUPS, D, DR, RANK = 6, 3, 8, 4, 13
 
@@ -196,6 +196,7 @@ def care(source: Path, out: Path, *options: str) -> Path:
         ({}, ["--cache-ratio", "0.5"]),
         ({"family": "qwen2"}, ["--kv-lora-rank", "13", "--qk-rope-head-dim", "6", "--freqfold", "2"]),
         ({"num_key_value_heads": 1}, ["--kv-lora-rank", "7", "--qk-rope-head-dim", "12"]),
+        (APART["qwen3, biases and a window"], ["--kv-lora-rank", "20", "--qk-rope-head-dim", "6", "--freqfold", "2"]),
     ],
 )  # fmt: skip
 def test_engine_against_plain_definition(tmp_path: Path, config: dict[str, Any], options: list[str]) -> None:

@@ -26,7 +26,7 @@ from engine.spec import GQASpec, RopeSpec
 from tests.conftest import shared
 from tests.convert.engine_runs import assert_engine_is_plain, decode_logits, prefill_logits
 from tests.convert.plain_mla import rotate
-from tests.convert.sources import make_source, oracle, write_text
+from tests.convert.sources import APART, make_source, oracle, write_text
 
 HIDDEN = 40
 
@@ -201,6 +201,7 @@ ENGINE_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "2-norm, qwen2": ({"family": "qwen2"}, ["--cache-ratio", "0.4", "--partial-rope", "2-norm", "--svd", "split"]),
     "mha, bf16": ({"num_key_value_heads": 4, "dtype": torch.bfloat16}, ["--cache-ratio", "0.4", "--svd", "joint"]),
     "mqa, no nope": ({"num_key_value_heads": 1}, ["--kv-lora-rank", "7", "--qk-rope-head-dim", "12"]),
+    "gemma2": (APART["gemma2"], ["--cache-ratio", "0.5", "--partial-rope", "2-norm", "--svd", "joint"]),
 }  # fmt: skip
 
 

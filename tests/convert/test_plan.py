@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,3 +147,12 @@ def test_candidates_of_care() -> None:
 def test_options_of_another_method(request_: MethodRequest, message: str) -> None:
     with pytest.raises(ConversionError, match=message):
         candidates(model(gqa(2, 64)), request_)
+
+
+def test_layers_with_qk_norm() -> None:
+    """What only looks at the weights of keys has nothing to look at; all else works on the keys themselves."""
+    spec = model(replace(gqa(2, 16), qk_norm_eps=1e-6))
+    for method in ("exact", "score-aware", "transmla", "care"):
+        assert candidates(spec, MethodRequest(method))
+    with pytest.raises(ConversionError, match="mha2mla.*QK norm"):
+        candidates(spec, MethodRequest("mha2mla"))
