@@ -21,7 +21,7 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     rms = torch.linalg.vector_norm(wide, 2, -1, True).mul_(1 / math.sqrt(x.shape[-1]))
     normed = torch.div(wide, torch.hypot(rms, _constant(math.sqrt(eps), wide.dtype)))
-    return normed.mul_(weight) if x.dtype == weight.dtype == wide.dtype else (normed.to(x.dtype) * weight).to(x.dtype)
+    return normed.mul_(weight).to(x.dtype) if weight.dtype == wide.dtype else normed.to(x.dtype) * weight
 
 
 @lru_cache(maxsize=16)
@@ -55,7 +55,10 @@ def _rms_norm_kernel(
     wide = x.to(tl.float32)
     inverse_rms = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    normed = (wide * inverse_rms).to(dtype).to(tl.float32) * weight
+    normed = wide * inverse_rms
+    if weight_ptr.dtype.element_ty != tl.float32:
+        normed = normed.to(dtype).to(tl.float32)
+    normed *= weight
     tl.store(normed_ptr + row * WIDTH + columns, normed.to(dtype), mask=mask)
 
 
@@ -82,7 +85,10 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension: x [T, d] (any row stride), weight [d], in x's dtype or fp32 -> [T, d]."""
+    """RMSNorm over the last dimension: x [T, d] (any row stride), weight [d], in x's dtype or fp32 -> [T, d].
+
+    A weight in x's dtype multiplies what has been rounded to it (Llama's order), one in fp32 what has not (Gemma's).
+    """
     return rms_norm_triton(x, weight, eps) if x.is_cuda else rms_norm_torch(x, weight, eps)
 
 

@@ -154,5 +154,5 @@ def test_layers_with_qk_norm() -> None:
     spec = model(replace(gqa(2, 16), qk_norm_eps=1e-6))
     for method in ("exact", "score-aware", "transmla", "care"):
         assert candidates(spec, MethodRequest(method))
-    with pytest.raises(ConversionError, match="mha2mla.*QK norm"):
+    with pytest.raises(ConversionError, match=r"mha2mla.*QK norm"):
         candidates(spec, MethodRequest("mha2mla"))

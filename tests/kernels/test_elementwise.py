@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from engine.kernels.cache import cache_gather_torch, cache_gather_triton, cache_write_torch, cache_write_triton
 from engine.kernels.gated_mul import gated_mul_torch, gated_mul_triton
@@ -47,6 +49,20 @@ def test_add_rms_norm(implementation, dtype):
     normed, total = implementation(x, residual, weight, 1e-5)
     assert torch.equal(total, x + residual)
     assert_near(normed, rms(x + residual, weight, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("implementation", [rms_norm, rms_norm_triton])
+def test_rms_norm_rounds_where_the_families_do(implementation):
+    """bf16, to the bit but for a rare tie: a bf16 weight comes after the rounding, an fp32 one before."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 256).bfloat16(), 1 + 0.3 * torch.randn(256)
+    llama, gemma = LlamaRMSNorm(256, 1e-6).bfloat16(), Gemma2RMSNorm(256, 1e-6)
+    with torch.no_grad():
+        llama.weight.copy_(weight)
+        gemma.weight.copy_(weight - 1)
+        for oracle, own in ((llama, llama.weight), (gemma, 1 + gemma.weight)):
+            found = implementation(x.to(DEVICE), own.to(DEVICE), 1e-6).cpu()
+            assert (found != oracle(x)).float().mean() < 0.005
 
 
 def test_rms_norm_of_zeros_and_of_nothing():
