@@ -20,7 +20,7 @@ from engine.checkpoint.deepseek import read_deepseek_v2, read_deepseek_v3, read_
 from engine.checkpoint.fp8 import Fp8Files, read_fp8_block
 from engine.checkpoint.gemma2 import read_gemma2
 from engine.checkpoint.generation import GenerationDefaults, read_generation_defaults
-from engine.checkpoint.gqa_moe import mixtral_name, qwen_moe_name, read_mixtral, read_qwen2_moe
+from engine.checkpoint.gqa_moe import mixtral_name, qwen_moe_name, read_mixtral, read_qwen2_moe, read_qwen3_moe
 from engine.checkpoint.json_file import read_json_object
 from engine.checkpoint.layout import DTYPES, check_tensors, expected_tensors, layer_tensors, outer_tensors, stored_name
 from engine.checkpoint.llama import read_llama, read_mimo, read_mistral, read_qwen2, read_qwen3
@@ -54,6 +54,7 @@ FAMILIES = {
     "mimo": Family(read_mimo, unused=re.compile(r"model\.mtp_layers\..*")),
     "mixtral": Family(read_mixtral, mixtral_name),
     "qwen2_moe": Family(read_qwen2_moe, qwen_moe_name),
+    "qwen3_moe": Family(read_qwen3_moe),
     "deepseek_v2": Family(read_deepseek_v2),
     "deepseek_v3": Family(read_deepseek_v3, has_mtp=True),
     "kimi_k2": Family(read_deepseek_v3, has_mtp=True),
@@ -113,20 +114,41 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     dtype = _model_dtype(folder, stored.entries)
     try:
         spec = family.read(config, dtype)
+        further = mtp_layers(config) if family.has_mtp else 0
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     quantized = config.get("quantization_config")  # which the reader has let pass
     files = Fp8Files(stored, read_fp8_block(config), dtype) if quantized else stored
-    first_ignored = len(spec.layers)
-    last_ignored = first_ignored + (mtp_layers(config) if family.has_mtp else 0)
-    entries = {}
-    for name, entry in files.entries.items():
-        layer = LAYER.match(name)
-        unused = IGNORED.fullmatch(name) or family.unused.fullmatch(name)
-        if not unused and not (layer and first_ignored <= int(layer[1]) < last_ignored):
-            entries[name] = entry
+    entries = _used(files.entries, range(len(spec.layers), len(spec.layers) + further), family.unused)
     _check_stored(folder, spec, entries, family.rename)
     return Checkpoint(folder, spec, read_generation_defaults(folder, config), config, files, family.rename)
+
+
+def _used(
+    entries: Mapping[str, StoredTensor], skipped_layers: range, unused: re.Pattern[str]
+) -> dict[str, StoredTensor]:
+    used = {}
+    for name, entry in entries.items():
+        layer = LAYER.match(name)
+        if not (IGNORED.fullmatch(name) or unused.fullmatch(name) or (layer and int(layer[1]) in skipped_layers)):
+            used[name] = entry
+    return used
+
+
+def read_config(path: Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """What a config.json says of a model whose weights need not be there, and the file as it stands.
+
+    Its own word for the dtype is taken; bfloat16 where it has none. Raises CheckpointError.
+    """
+    config = read_json_object(path)
+    family = family_of(path, config)
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    try:
+        if not isinstance(dtype, str):
+            raise CheckpointError(f"dtype {dtype!r:.40} is not supported; supported: {', '.join(DTYPES)}")
+        return family.read(config, dtype), config
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def family_of(where: Path, config: dict[str, Any]) -> Family:

@@ -1,4 +1,4 @@
-"""Hugging Face configs of mixtures of experts over grouped-query attention, Mixtral and Qwen2-MoE -> ModelSpec.
+"""Hugging Face configs of mixtures of experts over grouped-query attention, Mixtral and Qwen's -> ModelSpec.
 
 Each is a dense family with other MLPs: its reader takes the config without what is said of experts here.
 """
@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from engine.checkpoint.json_file import Size, typed
 from engine.checkpoint.layout import check_spec
-from engine.checkpoint.llama import read_mistral, read_qwen2
+from engine.checkpoint.llama import read_mistral, read_qwen2, read_qwen3
 from engine.errors import CheckpointError
 from engine.spec import ModelSpec, MoESpec
 
@@ -52,8 +52,15 @@ def read_mixtral(raw: dict[str, Any], dtype: str) -> ModelSpec:
 
 
 def read_qwen2_moe(raw: dict[str, Any], dtype: str) -> ModelSpec:
+    return _read_qwen(raw, dtype, read_qwen2)
+
+
+def read_qwen3_moe(raw: dict[str, Any], dtype: str) -> ModelSpec:
+    return _read_qwen(raw, dtype, read_qwen3)
+
+
+def _read_qwen(raw: dict[str, Any], dtype: str, read_dense: Callable[[dict[str, Any], str], ModelSpec]) -> ModelSpec:
     own = _own(raw, _Qwen)
-    dense = read_qwen2(_rest(raw, _Qwen), dtype)
     if not own.qkv_bias:
         raise CheckpointError("qkv_bias false is not supported; supported: true")
     mixture = MoESpec(
@@ -65,7 +72,9 @@ def read_qwen2_moe(raw: dict[str, Any], dtype: str) -> ModelSpec:
         normalize=own.norm_topk_prob,
     )
     return _with_mixture(
-        dense, mixture, lambda i: i not in own.mlp_only_layers and (i + 1) % own.decoder_sparse_step == 0
+        read_dense(_rest(raw, _Qwen), dtype),
+        mixture,
+        lambda i: i not in own.mlp_only_layers and (i + 1) % own.decoder_sparse_step == 0,
     )
 
 

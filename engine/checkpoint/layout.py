@@ -24,6 +24,7 @@ Shape = tuple[int, ...]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_NAMED = 4  # tensors an error message lists
+MAX_EXPERTS = 2**18  # over all layers: each has tensors with names, and none is made for a number that is a mistake
 
 
 class HasShape(Protocol):
@@ -161,6 +162,8 @@ def check_spec(spec: ModelSpec) -> None:
         _check(_positive(getattr(spec, name)), f"{name} must be a positive number")
     _check(spec.logit_softcap is None or _positive(spec.logit_softcap), "logit_softcap must be null or positive")
     _check(bool(spec.layers), "the model has no layers")
+    experts = sum(layer.mlp.num_experts for layer in spec.layers if isinstance(layer.mlp, MoESpec))
+    _check(experts <= MAX_EXPERTS, f"num_experts: {experts} in all are more than the {MAX_EXPERTS} supported")
     for i, layer in enumerate(spec.layers):
         where = f"layer {i}: "
         _check(layer.mlp.intermediate_size >= 1, f"{where}intermediate_size must be at least 1")

@@ -15,7 +15,15 @@ from engine.checkpoint import open_checkpoint
 from engine.checkpoint.mla_format import config_from_spec, format_config, spec_from_config
 from engine.errors import CheckpointError
 from engine.spec import (
-    GatedMLPSpec, GQASpec, HeadNormSpec, LayerSpec, MLASpec, ModelSpec, MoESpec, PlainMLPSpec, RopeSpec,
+    GatedMLPSpec,
+    GQASpec,
+    HeadNormSpec,
+    LayerSpec,
+    MLASpec,
+    ModelSpec,
+    MoESpec,
+    PlainMLPSpec,
+    RopeSpec,
 )  # fmt: skip
 from tests.checkpoint.folders import llama_folder
 

@@ -93,6 +93,7 @@ def test_a_folder_of_every_family(tmp_path: Path, family: str) -> None:
         ("deepseek_v3", {"topk_group": 3}, ("groups_per_token",)),
         ("deepseek_v3", {"num_experts_per_tok": 4}, ("experts_per_token",)),
         ("deepseek_v3", {"num_experts_per_tok": ...}, ("num_experts_per_tok",)),
+        ("deepseek_v3", {"n_routed_experts": 2**16, "num_hidden_layers": 100}, ("num_experts", "6488064")),
         ("deepseek_v3", {"moe_intermediate_size": ...}, ("moe_intermediate_size",)),
         ("deepseek_v3", {"routed_scaling_factor": -1}, ("routed_scaling_factor",)),
         ("deepseek_v3", {"norm_topk_prob": 1}, ("norm_topk_prob",)),
@@ -205,29 +206,27 @@ def test_layers_that_predict_further_tokens_are_skipped_by_name(tmp_path: Path) 
             open_checkpoint(folder)
 
 
+def write_fp8(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, dict[str, Tensor]]:
+    """All projections in FP8 but the router's, as published; -> the folder and what its tensors stand for."""
+    _, tensors = write(folder, "deepseek_v3", quantization_config=FP8)
+    generator = torch.Generator().manual_seed(0)
+    stored, meant = {}, {}
+    for name, tensor in tensors.items():
+        if tensor.dim() == 1 or "layers" not in name or "mlp.gate." in name:
+            stored[name] = meant[name] = tensor.to(dtype)
+            continue
+        weight = (tensor * 100).to(torch.float8_e4m3fn)
+        blocks = [-(-size // 8) for size in tensor.shape]
+        scale = torch.rand(blocks, generator=generator) * 2.0 ** torch.randint(-12, 0, blocks, generator=generator)
+        stored[name], stored[f"{name}_scale_inv"] = weight, scale
+        exact = weight.double() * torch.kron(scale.double(), torch.ones(8, 8))[: tensor.shape[0], : tensor.shape[1]]
+        meant[name] = exact.to(dtype)
+    save_file(stored, folder / "model.safetensors")
+    return folder, meant
+
+
 class TestFp8:
     NAME = "model.layers.1.mlp.experts.2.gate_proj.weight"  # [20, 16], so 3 x 2 blocks of 8 x 8, the last of 4 rows
-
-    def write(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, dict[str, Tensor]]:
-        """All projections in FP8 but the router's, as published; -> the folder and what its tensors stand for."""
-        _, tensors = write(folder, "deepseek_v3", quantization_config=FP8)
-        generator = torch.Generator().manual_seed(0)
-        stored, meant = {}, {}
-        for name, tensor in tensors.items():
-            if tensor.dim() == 1 or "layers" not in name or "mlp.gate." in name:
-                stored[name] = meant[name] = tensor.to(dtype)
-                continue
-            weight = (tensor * 100).to(torch.float8_e4m3fn)
-            blocks = [-(-size // 8) for size in tensor.shape]
-            scale = torch.rand(blocks, generator=generator) * 2.0 ** torch.randint(-12, 0, blocks, generator=generator)
-            stored[name], stored[f"{name}_scale_inv"] = weight, scale
-            exact = torch.empty(tensor.shape, dtype=torch.float64)
-            for i in range(tensor.shape[0]):
-                for j in range(tensor.shape[1]):
-                    exact[i, j] = weight[i, j].double() * scale[i // 8, j // 8].double()
-            meant[name] = exact.to(dtype)
-        save_file(stored, folder / "model.safetensors")
-        return folder, meant
 
     def edit(self, folder: Path, name: str, tensor: Tensor | None) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -237,7 +236,7 @@ class TestFp8:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_weights_are_multiplied_out(self, tmp_path: Path, dtype: torch.dtype) -> None:
         """To the model's dtype, that of its embedding; each element rounded once from the exact product."""
-        folder, meant = self.write(tmp_path, dtype)
+        folder, meant = write_fp8(tmp_path, dtype)
         checkpoint = open_checkpoint(folder)
         assert checkpoint.spec.dtype == str(dtype).removeprefix("torch.")
         for i in range(3):
@@ -252,7 +251,7 @@ class TestFp8:
     def test_scales_missing_mis_shaped_or_of_another_dtype(self, tmp_path: Path) -> None:
         scale = f"{self.NAME}_scale_inv"
         for tensor in (None, torch.ones(2, 2), torch.ones(3, 2, dtype=torch.bfloat16)):
-            folder, _ = self.write(tmp_path)
+            folder, _ = write_fp8(tmp_path)
             self.edit(folder, scale, tensor)
             with pytest.raises(
                 CheckpointError, match=r"experts\.2\.gate_proj\.weight_scale_inv must be float32 \[3, 2\]"
@@ -260,19 +259,19 @@ class TestFp8:
                 open_checkpoint(folder)
 
     def test_a_scale_that_belongs_to_no_weight(self, tmp_path: Path) -> None:
-        folder, _ = self.write(tmp_path)
+        folder, _ = write_fp8(tmp_path)
         self.edit(folder, "model.layers.1.mlp.gate.weight_scale_inv", torch.ones(1, 2))
         with pytest.raises(CheckpointError, match=r"lacks: model\.layers\.1\.mlp\.gate\.weight_scale_inv"):
             open_checkpoint(folder)
 
     def test_not_finite(self, tmp_path: Path) -> None:
-        folder, _ = self.write(tmp_path)
+        folder, _ = write_fp8(tmp_path)
         self.edit(folder, self.NAME, torch.full((20, 16), float("nan")).to(torch.float8_e4m3fn))
         with pytest.raises(CheckpointError, match=r"experts\.2\.gate_proj\.weight has weights that are NaN"):
             dict(open_checkpoint(folder).layer(1))
 
     def test_fp8_without_saying_so(self, tmp_path: Path) -> None:
-        folder, _ = self.write(tmp_path)
+        folder, _ = write_fp8(tmp_path)
         config = json.loads((folder / "config.json").read_text())
         del config["quantization_config"]
         (folder / "config.json").write_text(json.dumps(config))
