@@ -55,7 +55,7 @@ class MixtureOfExperts:
         if spec.shared_gate:
             self.shared_gate = Linear(tensors["shared_expert_gate.weight"])
         if self.router.is_cuda:
-            self._stacked = _stack(spec, tensors)
+            self._stacked = stack(spec, tensors)
         else:
             experts = [GatedMLP(GatedMLPSpec(spec.intermediate_size), under(tensors, f"experts.{i}."))
                        for i in range(spec.num_experts)]  # fmt: skip
@@ -75,7 +75,7 @@ class MixtureOfExperts:
         return out + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
 
 
-def _stack(spec: MoESpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def stack(spec: MoESpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """-> gate_up [E, 2 I, hidden], down [E, hidden, I]."""
     first, width = tensors["experts.0.down_proj.weight"], spec.intermediate_size
     down = first.new_empty(spec.num_experts, *first.shape)

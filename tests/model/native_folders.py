@@ -67,7 +67,9 @@ CONFIGS: dict[tuple[str, str], dict[str, Any]] = {
         "num_attention_heads": 8, "num_key_value_heads": 8, "n_shared_experts": 1, "routed_scaling_factor": 2.827,
         "rope_parameters": yarn(factor=32.0, rope_theta=50000.0, mscale=1.0, mscale_all_dim=1.0, beta_fast=1.0),
     },
-    ("kimi_k2", "longer"): {"rope_parameters": yarn(factor=64.0, mscale=1.0, mscale_all_dim=1.0), "v_head_dim": 8},
+    ("kimi_k2", "longer, an epsilon that the latent norms do not share"): {
+        "rope_parameters": yarn(factor=64.0, mscale=1.0, mscale_all_dim=1.0), "v_head_dim": 8, "rms_norm_eps": 1e-2,
+    },
     ("kimi_k2", "many experts"): {
         "n_routed_experts": 24, "num_experts_per_tok": 8, "rope_parameters": DEFAULT_ROPE, "qk_nope_head_dim": 16,
     },

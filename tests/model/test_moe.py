@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.moe import moe_triton
 from engine.model.mlp import GatedMLP, PlainMLP
-from engine.model.moe import MixtureOfExperts, route
+from engine.model.moe import MixtureOfExperts, route, stack
 from engine.spec import GatedMLPSpec, MoESpec, PlainMLPSpec
 from engine.tensor_map import TensorMap, under
 
@@ -66,6 +67,14 @@ def test_routing(name: str) -> None:
         assert found == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_routing_never_looks_at_its_tensors(name: str) -> None:
+    """On tensors without values: nothing waits for the device."""
+    spec, logits = ROUTINGS[name], torch.empty(7, E, device="meta")
+    experts, weights = route(spec, logits, logits[0] if spec.correction_bias else None)
+    assert experts.shape == weights.shape == (7, spec.experts_per_token)
+
+
 def test_selection_by_negative_scores_stays_in_its_groups() -> None:
     """A bias may push every score of the groups that are kept below 0, where masked ones would stand."""
     logits, bias = torch.zeros(1, E), torch.full((E,), -5.0)
@@ -88,7 +97,7 @@ def mixture_tensors(spec: MoESpec, hidden: int) -> dict[str, Tensor]:
 
     tensors = {"gate.weight": weight(spec.num_experts, hidden)}
     sizes = {f"experts.{i}.": spec.intermediate_size for i in range(spec.num_experts)}
-    for prefix, size in (sizes | {"shared_experts.": spec.shared_intermediate_size}).items():
+    for prefix, size in (sizes | {"shared_experts.": max(1, spec.shared_intermediate_size)}).items():
         tensors[f"{prefix}gate_proj.weight"], tensors[f"{prefix}up_proj.weight"] = (
             weight(size, hidden),
             weight(size, hidden),
@@ -115,6 +124,14 @@ def test_a_gated_shared_expert() -> None:
         routed = sum(weight * mlp(f"experts.{e}.", row) for e, weight in chosen.items())
         expected.append(routed + (w["shared_expert_gate.weight"] @ row).sigmoid() * mlp("shared_experts.", row))
     torch.testing.assert_close(MixtureOfExperts(spec, tensors)(x).double(), torch.stack(expected), rtol=0, atol=1e-5)
+
+
+def test_stacked_for_the_grouped_kernel() -> None:
+    spec = MoESpec(5, 2, 7, scale=1.5)
+    tensors = mixture_tensors(spec, 16)
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(2))
+    found = moe_triton(x, *route(spec, x @ tensors["gate.weight"].T, None), *stack(spec, tensors))
+    torch.testing.assert_close(found, MixtureOfExperts(spec, tensors)(x), rtol=0, atol=1e-5)
 
 
 def test_each_expert_is_made_once() -> None:
