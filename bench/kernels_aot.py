@@ -36,6 +36,7 @@ from engine.kernels.gqa_decode import gqa_decode_triton
 from engine.kernels.gqa_prefill import gqa_prefill_triton
 from engine.kernels.mla_decode import mla_decode_triton
 from engine.kernels.mla_prefill import merge_partial_triton, mla_prefill_triton
+from engine.kernels.moe import moe_triton
 from engine.kernels.norm import add_rms_norm_triton, head_norm_triton_, rms_norm_triton
 from engine.kernels.rope import rope_triton_
 from engine.kernels.sample import SamplingTensors, sample_triton
@@ -175,6 +176,16 @@ def gqa_cases(heads: int, kv_heads: int, dim: int, limits: Limits = NO_LIMITS) -
     yield f"gqa prefill {shape}", lambda: gqa_prefill_triton(*prefill)
 
 
+def moe_cases(tokens: int, experts: int, chosen: int, hidden: int, width: int) -> Iterator[Case]:
+    """`tokens` that choose `chosen` of `experts` experts: their number decides the tiles."""
+
+    def call() -> None:
+        who, weights = meta(tokens, chosen, dtype=torch.int64), meta(tokens, chosen, dtype=torch.float32)
+        moe_triton(meta(tokens, hidden), who, weights, meta(experts, 2 * width, hidden), meta(experts, hidden, width))
+
+    yield f"{tokens} tokens to {chosen} of {experts} experts {hidden} x {width}", call
+
+
 def other_cases() -> Iterator[Case]:
     """Kernels whose shape hardly matters."""
     hidden, bounds = meta(64, 4096), meta(65, dtype=torch.int32)
@@ -206,6 +217,8 @@ def cases(full: bool) -> Iterator[Case]:
     yield from mla_cases(512, 64, 16, limits=GEMMA2)
     yield from mla_prefill_cases(256, 64, 256, limits=GEMMA2)
     yield from gqa_cases(16, 8, 256, limits=GEMMA2)
+    for tokens in (64, 2048, 8192):  # tiles of 16, 64 and 128 rows
+        yield from moe_cases(tokens, 256, 8, 7168, 2048)
     yield from other_cases()
     if full:
         for rank, rope, heads in itertools.product((128, 192, 256, 448, 512), (32, 64), (8, 16, 28, 32, 64, 128)):
@@ -227,6 +240,9 @@ def cases(full: bool) -> Iterator[Case]:
             yield from mla_cases(512, 64, 128, limits=limits)
             yield from mla_prefill_cases(128, 64, 128, limits=limits)
             yield from gqa_cases(32, 8, 128, limits=limits)
+        for experts, chosen, hidden, width in ((64, 6, 2048, 1408), (60, 4, 2048, 1408), (384, 8, 7168, 2048)):
+            for tokens in (64, 512, 8192):
+                yield from moe_cases(tokens, experts, chosen, hidden, width)
         for heads, kv_heads, dim in ((32, 4, 64), (28, 4, 128), (14, 2, 64), (8, 8, 80), (16, 8, 256)):
             yield from gqa_cases(heads, kv_heads, dim)
 

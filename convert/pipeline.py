@@ -74,7 +74,7 @@ def sweep(
     own_streams = [Stream(check, stored["embed_tokens.weight"], source.spec) for _ in candidates]
     for index, spec in enumerate(tqdm(source.spec.layers, description, unit="layer", disable=None)):
         assert isinstance(spec.attention, GQASpec)  # candidates exist for GQA models alone
-        raw = source.layer(index)
+        raw = dict(source.layer(index))
         tensors = precision.load(raw)
         attention = {n.removeprefix("self_attn."): t for n, t in tensors.items() if n.startswith("self_attn.")}
         rest = {n: t for n, t in raw.items() if not n.startswith("self_attn.")}

@@ -7,7 +7,7 @@ missing, extra or mis-shaped was refused by name when it was opened, from the fi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,20 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import mla_format
+from engine.checkpoint.deepseek import read_deepseek_v2, read_deepseek_v3, read_glm4_moe_lite
+from engine.checkpoint.fp8 import Fp8Files, read_fp8_block
 from engine.checkpoint.gemma2 import read_gemma2
 from engine.checkpoint.generation import GenerationDefaults, read_generation_defaults
+from engine.checkpoint.gqa_moe import mixtral_name, qwen_moe_name, read_mixtral, read_qwen2_moe, read_qwen3_moe
 from engine.checkpoint.json_file import read_json_object
 from engine.checkpoint.layout import DTYPES, check_tensors, expected_tensors, layer_tensors, outer_tensors, stored_name
 from engine.checkpoint.llama import read_llama, read_mimo, read_mistral, read_qwen2, read_qwen3
+from engine.checkpoint.minicpm3 import read_minicpm3
+from engine.checkpoint.plm import read_plm
 from engine.checkpoint.tensor_files import StoredTensor, TensorFiles
 from engine.errors import CheckpointError
 from engine.spec import ModelSpec
+from engine.tensor_map import TensorMap
 
 __all__ = ["Checkpoint", "GenerationDefaults", "open_checkpoint"]
 
@@ -35,6 +41,7 @@ class Family:
     read: Callable[[dict[str, Any], str], ModelSpec]  # (config.json, dtype of the stored weights) -> ModelSpec
     rename: Callable[[str], str] = str  # canonical name of a layer's tensor -> the family's own
     unused: re.Pattern[str] = re.compile("(?!)")  # tensors that the forward pass has no part for; by default none
+    has_mtp: bool = False  # after its layers may be num_nextn_predict_layers that predict further tokens; not loaded
 
 
 # By model_type. Families are told apart here alone.
@@ -45,10 +52,21 @@ FAMILIES = {
     "qwen3": Family(read_qwen3),
     "gemma2": Family(read_gemma2),
     "mimo": Family(read_mimo, unused=re.compile(r"model\.mtp_layers\..*")),
+    "mixtral": Family(read_mixtral, mixtral_name),
+    "qwen2_moe": Family(read_qwen2_moe, qwen_moe_name),
+    "qwen3_moe": Family(read_qwen3_moe),
+    "deepseek_v2": Family(read_deepseek_v2),
+    "deepseek_v3": Family(read_deepseek_v3, has_mtp=True),
+    "kimi_k2": Family(read_deepseek_v3, has_mtp=True),
+    "glm4_moe_lite": Family(read_glm4_moe_lite, has_mtp=True),
+    "youtu": Family(read_deepseek_v3, has_mtp=True),
+    "minicpm3": Family(read_minicpm3),
+    "plm": Family(read_plm),
     mla_format.MODEL_TYPE: Family(mla_format.spec_from_config),
 }
 
 EMBEDDING, HEAD = stored_name("embed_tokens.weight"), stored_name("lm_head.weight")
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 # Buffers that older versions of `transformers` stored along with the weights; the config says the same.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -61,7 +79,7 @@ class Checkpoint:
     spec: ModelSpec
     generation: GenerationDefaults
     config: dict[str, Any]  # config.json as it stands
-    _files: TensorFiles
+    _files: TensorFiles | Fp8Files
     _rename: Callable[[str], str]
 
     def outer(self) -> dict[str, Tensor]:
@@ -76,10 +94,13 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: config.json ties the embeddings, but {EMBEDDING} and {HEAD} differ")
         return tensors
 
-    def layer(self, index: int) -> dict[str, Tensor]:
-        """One layer's tensors, named without `model.layers.<i>.`: self_attn.q_proj.weight and so on."""
+    def layer(self, index: int) -> Mapping[str, Tensor]:
+        """One layer's tensors, named without `model.layers.<i>.`: self_attn.q_proj.weight and so on.
+
+        Each is read when it is asked for, and again when asked for again.
+        """
         names = layer_tensors(self.spec.layers[index], self.spec.hidden_size)
-        return {name: self._files.load(stored_name(self._rename(name), index)) for name in names}
+        return TensorMap(names, lambda name: self._files.load(stored_name(self._rename(name), index)))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -88,40 +109,87 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; a model is given as the folder that holds its config.json")
     config = read_json_object(folder / "config.json")
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: model_type {model_type!r:.60} is not supported; "
-            f"supported: {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[model_type]
-    files = TensorFiles(folder)
-    ignored = (IGNORED, family.unused)
-    entries = {n: entry for n, entry in files.entries.items() if not any(kind.fullmatch(n) for kind in ignored)}
+    family = family_of(folder / "config.json", config)
+    stored = TensorFiles(folder)
+    dtype = _model_dtype(folder, stored.entries)
     try:
-        spec = family.read(config, _stored_dtype(folder, entries))
+        spec = family.read(config, dtype)
+        further = mtp_layers(config) if family.has_mtp else 0
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    quantized = config.get("quantization_config")  # which the reader has let pass
+    files = Fp8Files(stored, read_fp8_block(config), dtype) if quantized else stored
+    entries = _used(files.entries, range(len(spec.layers), len(spec.layers) + further), family.unused)
     _check_stored(folder, spec, entries, family.rename)
     return Checkpoint(folder, spec, read_generation_defaults(folder, config), config, files, family.rename)
 
 
-def _stored_dtype(folder: Path, entries: dict[str, StoredTensor]) -> str:
-    """The embedding's dtype, which is taken for the model's; every tensor must be of a supported one."""
+def _used(
+    entries: Mapping[str, StoredTensor], skipped_layers: range, unused: re.Pattern[str]
+) -> dict[str, StoredTensor]:
+    used = {}
     for name, entry in entries.items():
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{folder / entry.file}: tensor {name} has dtype {entry.dtype}; supported: {', '.join(DTYPES)}"
-            )
-    embedding = entries.get(EMBEDDING) or entries.get(HEAD)
-    if embedding is None:
-        raise CheckpointError(f"{folder}: missing tensors: {EMBEDDING}")
-    return embedding.dtype
+        layer = LAYER.match(name)
+        if not (IGNORED.fullmatch(name) or unused.fullmatch(name) or (layer and int(layer[1]) in skipped_layers)):
+            used[name] = entry
+    return used
+
+
+def read_config(path: Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """What a config.json says of a model whose weights need not be there, and the file as it stands.
+
+    Its own word for the dtype is taken; bfloat16 where it has none. Raises CheckpointError.
+    """
+    config = read_json_object(path)
+    family = family_of(path, config)
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    try:
+        if not isinstance(dtype, str):
+            raise CheckpointError(f"dtype {dtype!r:.40} is not supported; supported: {', '.join(DTYPES)}")
+        return family.read(config, dtype), config
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def family_of(where: Path, config: dict[str, Any]) -> Family:
+    """By the model_type of `where`, a config.json. Raises CheckpointError where it is not supported."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r:.60} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def mtp_layers(config: dict[str, Any]) -> int:
+    """How many layers, after the model's own, predict further tokens (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
+    count = config.get("num_nextn_predict_layers") or 0
+    if not isinstance(count, int) or not 0 <= count <= 64:
+        raise CheckpointError(f"num_nextn_predict_layers {count!r:.40} is not supported; supported: 0 to 64")
+    return count
+
+
+def _model_dtype(folder: Path, entries: Mapping[str, StoredTensor]) -> str:
+    """The embedding's dtype, which is taken for the model's."""
+    for name in (EMBEDDING, HEAD):
+        if name in entries:
+            _check_dtype(folder, name, entries[name])
+            return entries[name].dtype
+    raise CheckpointError(f"{folder}: missing tensors: {EMBEDDING}")
+
+
+def _check_dtype(folder: Path, name: str, entry: StoredTensor) -> None:
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{folder / entry.file}: tensor {name} has dtype {entry.dtype}; supported: {', '.join(DTYPES)}"
+        )
 
 
 def _check_stored(
     folder: Path, spec: ModelSpec, entries: dict[str, StoredTensor], rename: Callable[[str], str]
 ) -> None:
+    for name, entry in entries.items():
+        _check_dtype(folder, name, entry)
     expected = expected_tensors(spec, rename)
     if spec.tie_embeddings and HEAD in entries:  # either copy of a tied pair will do, or both
         expected[HEAD] = expected[EMBEDDING]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from engine.checkpoint.config_keys import typed_config
 from engine.checkpoint.json_file import Positive
 from engine.checkpoint.layout import check_spec
 from engine.checkpoint.llama import (
@@ -14,7 +15,6 @@ from engine.checkpoint.llama import (
     gated_mlp,
     model_spec,
     sliding_layers,
-    typed_config,
 )
 from engine.spec import LayerSpec, ModelSpec
 

@@ -15,6 +15,7 @@ from engine.spec import (
     MLASpec,
     MLPSpec,
     ModelSpec,
+    MoESpec,
     PlainMLPSpec,
     RopeSpec,
 )
@@ -23,6 +24,7 @@ Shape = tuple[int, ...]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_NAMED = 4  # tensors an error message lists
+MAX_EXPERTS = 2**18  # over all layers: each has tensors with names, and none is made for a number that is a mistake
 
 
 class HasShape(Protocol):
@@ -160,13 +162,16 @@ def check_spec(spec: ModelSpec) -> None:
         _check(_positive(getattr(spec, name)), f"{name} must be a positive number")
     _check(spec.logit_softcap is None or _positive(spec.logit_softcap), "logit_softcap must be null or positive")
     _check(bool(spec.layers), "the model has no layers")
+    experts = sum(layer.mlp.num_experts for layer in spec.layers if isinstance(layer.mlp, MoESpec))
+    _check(experts <= MAX_EXPERTS, f"num_experts: {experts} in all are more than the {MAX_EXPERTS} supported")
     for i, layer in enumerate(spec.layers):
         where = f"layer {i}: "
         _check(layer.mlp.intermediate_size >= 1, f"{where}intermediate_size must be at least 1")
         window, cap = layer.attention.sliding_window, layer.attention.score_softcap
         _check(window is None or 1 <= window < 2**31, f"{where}sliding_window must be null or at least 1")
         _check(cap is None or _positive(cap), f"{where}score_softcap must be null or positive")
-        _check(isinstance(layer.mlp, GatedMLPSpec), f"{where}an MLP other than a gated one is not supported")
+        if isinstance(layer.mlp, MoESpec):
+            _check_moe(layer.mlp, where)
         _check(_positive(layer.attention.softmax_scale), f"{where}softmax_scale must be a positive number")
         if isinstance(layer.attention, GQASpec):
             _check_gqa(layer.attention, where)
@@ -195,7 +200,11 @@ def _check_mla(a: MLASpec, where: str) -> None:
     _check(
         a.num_heads % a.rope_groups == 0, f"{where}{a.num_heads} heads do not share {a.rope_groups} rope groups evenly"
     )
-    _check(a.q_lora_rank is None, f"{where}q_lora_rank: a low-rank query projection is not supported")
+    _check(a.q_lora_rank is None or a.q_lora_rank >= 1, f"{where}q_lora_rank must be null or at least 1")
+    _check(
+        (a.q_lora_rank is None) == (a.q_norm_eps is None) and (a.q_norm_eps is None or _positive(a.q_norm_eps)),
+        f"{where}q_norm_eps must be a positive number with q_lora_rank, and null without",
+    )
     _check(
         a.latent_norm_eps is None or _positive(a.latent_norm_eps), f"{where}latent_norm_eps must be null or positive"
     )
@@ -210,6 +219,19 @@ def _check_head_norm(a: MLASpec, norm: HeadNormSpec, where: str) -> None:
     _check(_positive(norm.eps), f"{where}head_norm: eps must be a positive number")
     _check(a.qk_nope_head_dim in (0, norm.head_dim), f"{where}qk_nope_head_dim must be 0 or head_norm's head_dim")
     _check(a.q_lora_rank is None, f"{where}head_norm and q_lora_rank exclude each other")
+
+
+def _check_moe(m: MoESpec, where: str) -> None:
+    for name in ("num_experts", "experts_per_token", "num_groups", "groups_per_token"):
+        _check(getattr(m, name) >= 1, f"{where}{name} must be at least 1")
+    _check(m.shared_intermediate_size >= 0, f"{where}shared_intermediate_size must be at least 0")
+    _check(bool(m.shared_intermediate_size) or not m.shared_gate, f"{where}shared_gate without a shared expert")
+    _check(m.num_experts % m.num_groups == 0, f"{where}{m.num_experts} experts are not {m.num_groups} equal groups")
+    _check(m.groups_per_token <= m.num_groups, f"{where}groups_per_token is more than there are groups")
+    group = m.num_experts // m.num_groups
+    _check(m.experts_per_token <= group * m.groups_per_token, f"{where}experts_per_token is more than can be chosen")
+    _check(m.group_score == "max" or group >= 2, f"{where}group_score top2_sum needs groups of two experts or more")
+    _check(_positive(m.scale), f"{where}scale must be a positive number")
 
 
 def _check_rope(rope: RopeSpec, frequencies: int, where: str) -> None:

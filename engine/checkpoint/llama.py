@@ -1,36 +1,20 @@
-"""Hugging Face configs of the Llama architecture and its near kin, Mistral, Qwen2, Qwen3 and MiMo -> ModelSpec.
-
-A key that this reader does not know is refused unless it is unset (null, false, 0 or empty), is among the HARMLESS, or
-starts with "_": what changes the mathematics must not pass unseen, and a key known to be harmless can be deleted.
-"""
+"""Hugging Face configs of the Llama architecture and its near kin, Mistral, Qwen2, Qwen3 and MiMo -> ModelSpec."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
-from engine.checkpoint.json_file import LayerCount, Size, typed
+from engine.checkpoint.config_keys import typed_config
+from engine.checkpoint.json_file import LayerCount, Size
 from engine.checkpoint.layout import check_spec
 from engine.checkpoint.rope import read_rope
 from engine.errors import CheckpointError
 from engine.spec import Activation, GatedMLPSpec, GQASpec, LayerSpec, ModelSpec
-
-# Keys that say nothing about what the model computes: bookkeeping, training, and defaults of decoding.
-_BOOKKEEPING = (
-    "architectures attention_dropout attn_implementation base_model_name_or_path bos_token_id cache_implementation "
-    "chunk_size_feed_forward classifier_dropout diversity_penalty do_sample dtype early_stopping eos_token_id "
-    "id2label initializer_range is_decoder is_llama_config label2id length_penalty max_length max_new_tokens "
-    "max_sequence_length min_length model_max_length model_type name_or_path num_beam_groups num_beams num_labels "
-    "num_return_sequences output_attentions output_hidden_states output_scores pad_token_id pretraining_tp "
-    "problem_type repetition_penalty return_dict return_dict_in_generate suppress_tokens task_specific_params "
-    "temperature tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version typical_p "
-    "unsloth_fixed unsloth_version use_cache"
-)
-HARMLESS = frozenset(_BOOKKEEPING.split())
 
 # hidden_act -> the function's name here; some have several names there.
 ACTIVATIONS: dict[str, Activation] = {
@@ -63,9 +47,6 @@ class LlamaConfig(msgspec.Struct, kw_only=True):
     rope_scaling: dict[str, Any] | None = None
     rope_theta: float | None = None
     partial_rotary_factor: float | None = None
-
-
-Config = TypeVar("Config", bound=LlamaConfig)
 
 
 @dataclass(frozen=True)
@@ -122,18 +103,6 @@ def normed(layer: LayerSpec, eps: float) -> LayerSpec:
     """The layer with its queries and keys normalised head by head."""
     assert isinstance(layer.attention, GQASpec)
     return replace(layer, attention=replace(layer.attention, qk_norm_eps=eps))
-
-
-def typed_config(raw: dict[str, Any], kind: type[Config]) -> Config:
-    """Raises CheckpointError, naming the key, where one is missing, of the wrong type or not understood."""
-    for key, value in raw.items():
-        known = key in kind.__struct_fields__ or key in HARMLESS or key.startswith("_")
-        if not known and value not in (None, False, 0, "", [], {}):
-            raise CheckpointError(
-                f"{key} ({value!r:.60}) is not understood; delete it from the file if what the model computes does not "
-                "depend on it"
-            )
-    return typed({key: value for key, value in raw.items() if value is not None}, kind)
 
 
 def sliding_layers(config: LlamaConfig, default: list[bool]) -> list[bool]:

@@ -106,8 +106,34 @@ class _Yarn(_Default):
         return of(1.0)
 
 
+class _LongRope(_Default):
+    """LongRoPE (arXiv 2402.13753): a factor for each frequency, one list for short contexts and one for long ones.
+
+    `transformers` takes one or the other by each sequence's length. Here a cached key outlives that choice, so it is
+    made once for the model: the long list where the model is meant for contexts beyond the original length.
+    """
+
+    short_factor: list[Positive]
+    long_factor: list[Positive]
+    factor: Positive | None = None
+    original_max_position_embeddings: Size | None = None
+    attention_factor: Positive | None = None
+
+    def frequencies(self, dim: int, max_position: int) -> tuple[Tensor, float]:
+        length = self.original_max_position_embeddings or max_position
+        name = "long_factor" if max_position > length else "short_factor"
+        factors = torch.tensor(getattr(self, name), dtype=torch.float32)
+        if len(factors) != dim // 2:
+            raise CheckpointError(f"{name} has {len(factors)} numbers, expected {dim // 2}")
+        powers = self.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        factor = self.factor or max_position / length
+        scale = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 < length else 1.0
+        return 1.0 / (factors * powers), self.attention_factor or scale
+
+
 KINDS: dict[str, type[_Default]] = {
-    "default": _Default, "dynamic": _Dynamic, "linear": _Linear, "llama3": _Llama3, "yarn": _Yarn,
+    "default": _Default, "dynamic": _Dynamic, "linear": _Linear, "llama3": _Llama3, "longrope": _LongRope,
+    "yarn": _Yarn,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.kernels.norm import head_norm_
 from engine.model.linear import Linear
-from engine.model.rotary import interleave
+from engine.model.rotary import interleave, interleave_row
 from engine.spec import MLASpec
 
 
@@ -32,10 +32,7 @@ class HeadNormedProjection:
             return torch.cat([tensors[f"{name}_proj.{kind}"] for name in "qkv"])
 
         def row(kind: str) -> Tensor:
-            latent, rope_keys = tensors[f"kv_a_proj_with_mqa.{kind}"].split((spec.kv_lora_rank, spec.rope_width))
-            if spec.rope_width:
-                rope_keys = interleave(rope_keys, spec.rope, spec.rope_groups)
-            return torch.cat((latent, rope_keys))
+            return interleave_row(tensors[f"kv_a_proj_with_mqa.{kind}"], spec)
 
         self.qkv = Linear(fused("weight"), fused("bias") if spec.q_bias else None)
         counts = {"q": spec.num_heads, "k": norm.num_kv_heads}

@@ -1,8 +1,8 @@
-"""From a checkpoint on disk to a Transformer on a device, one layer at a time."""
+"""From a checkpoint on disk to a Transformer on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,8 +12,10 @@ from tqdm import tqdm
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.errors import CapacityError, CheckpointError, EngineError
 from engine.model.transformer import Transformer
+from engine.tensor_map import TensorMap
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROUTER = "mlp.gate."  # of a mixture of experts: computes in fp32, whatever the model's dtype
 
 
 def load_model(
@@ -22,7 +24,7 @@ def load_model(
     dtype: str = "auto",
     progress: bool = False,
 ) -> Transformer:
-    """Load a model. The host holds one layer at a time where the device is a GPU.
+    """Load a model, one tensor at a time where the device is a GPU: nothing is on it twice, and little on the host.
 
     `device` None: cuda where there is one. `dtype` "auto": float32 on a CPU, the checkpoint's own on a GPU. Raises
     CheckpointError for a bad checkpoint or for weights beyond the dtype's range, CapacityError where the device is too
@@ -32,17 +34,19 @@ def load_model(
     target = resolve_device(device)
     kind = resolve_dtype(dtype, checkpoint.spec.dtype, target)
 
-    def placed(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-        return {
-            name: _cast(tensor, target, kind, f"{checkpoint.path}: {where}{name}") for name, tensor in tensors.items()
-        }
+    def placed(tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
+        def make(name: str) -> Tensor:
+            dtype = torch.float32 if name.startswith(ROUTER) else kind
+            return _cast(tensors[name], target, dtype, f"{checkpoint.path}: {where}{name}")
 
-    def layers() -> Iterator[dict[str, Tensor]]:
+        return TensorMap(tensors, make)
+
+    def layers() -> Iterator[Mapping[str, Tensor]]:
         for i in tqdm(range(len(checkpoint.spec.layers)), "loading", unit="layer", disable=not progress):
             yield placed(checkpoint.layer(i), f"layer {i}: ")
 
     try:
-        return Transformer(checkpoint.spec, placed(checkpoint.outer(), ""), layers())
+        return Transformer(checkpoint.spec, dict(placed(checkpoint.outer(), "")), layers())
     except torch.OutOfMemoryError:
         raise CapacityError(
             f"the weights of {checkpoint.path} do not fit on {target} in {dtype_name(kind)}; use a smaller dtype"

@@ -5,10 +5,13 @@ cache row is key and value at once. Prefills are expanded: latents are projected
 by piece so that the expansion never outgrows `EXPAND_TOKENS`, and the pieces join by log-sum-exp.
 
 One projection gives [latent | rope keys | rope queries | nope queries]: its head is the cache row as it lies, and rope
-keys and queries rotate together. Where the source normalised queries and keys, HeadNormedProjection gives the same.
+keys and queries rotate together. Where the source normalised queries and keys, HeadNormedProjection gives the same, and
+where queries are low-rank, LowRankQueryProjection does.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,8 @@ from engine.kernels.rope import rope_
 from engine.model.batch import Batch
 from engine.model.head_norm import HeadNormedProjection
 from engine.model.linear import Linear
-from engine.model.rotary import interleave
+from engine.model.low_rank_query import LowRankQueryProjection
+from engine.model.rotary import interleave_queries, interleave_row
 from engine.spec import MLASpec
 
 EXPAND_TOKENS = 65536  # context tokens expanded at a time, over all prefills of a step
@@ -35,17 +39,19 @@ class MLAttention:
         """`tensors`, named as DeepSeek's: q_proj (or q_a_proj, q_a_layernorm, q_b_proj), kv_a_proj_with_mqa,
         kv_a_layernorm where the latent is normalised, kv_b_proj, o_proj; biases where the spec has them."""
         self.spec = spec
-        self.qkv = self._projection(tensors) if spec.head_norm is None else HeadNormedProjection(spec, tensors)
+        self.qkv = self._projection(tensors)
         self.latent_norm = tensors["kv_a_layernorm.weight"] if spec.latent_norm_eps is not None else None
         self.kv_b = tensors["kv_b_proj.weight"].unflatten(0, (spec.num_heads, -1))
         self.k_up = self.kv_b[:, : spec.qk_nope_head_dim]  # [H, n, r]
         self.v_down = self.kv_b[:, spec.qk_nope_head_dim :].mT  # [H, r, v]
         self.o = Linear(tensors["o_proj.weight"], tensors["o_proj.bias"] if spec.o_bias else None)
 
-    def _projection(self, tensors: dict[str, Tensor]) -> Linear:
+    def _projection(self, tensors: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         spec = self.spec
+        if spec.head_norm is not None:
+            return HeadNormedProjection(spec, tensors)
         if spec.q_lora_rank is not None:
-            raise ValueError("a low-rank query projection is not supported")
+            return LowRankQueryProjection(spec, tensors)
 
         def fused(kind: str, with_q: bool, with_kv: bool) -> Tensor:
             q_name, kv_name = f"q_proj.{kind}", f"kv_a_proj_with_mqa.{kind}"
@@ -53,21 +59,10 @@ class MLAttention:
             q_rows = spec.num_heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim)
             q = tensors[q_name] if with_q else like.new_zeros(q_rows, *like.shape[1:])
             kv = tensors[kv_name] if with_kv else like.new_zeros(spec.cache_width, *like.shape[1:])
-            return self._fuse(q, kv)
+            return torch.cat((interleave_row(kv, spec), interleave_queries(q, spec)))
 
         biased = spec.q_bias or spec.kv_a_bias
         return Linear(fused("weight", True, True), fused("bias", spec.q_bias, spec.kv_a_bias) if biased else None)
-
-    def _fuse(self, q: Tensor, kv: Tensor) -> Tensor:
-        """Checkpoint rows (per head [nope | rope], then [latent | rope keys]) -> the order this module works in."""
-        s = self.spec
-        heads = q.unflatten(0, (s.num_heads, s.qk_nope_head_dim + s.qk_rope_head_dim))
-        nope, rope = heads.split((s.qk_nope_head_dim, s.qk_rope_head_dim), 1)
-        latent, rope_key = kv.split((s.kv_lora_rank, s.rope_width))
-        if s.rope_width:
-            rope_key = interleave(rope_key, s.rope, s.rope_groups)
-            rope = interleave(rope.flatten(0, 1), s.rope, s.num_heads)
-        return torch.cat((latent, rope_key, rope.reshape(-1, *q.shape[1:]), nope.flatten(0, 1)))
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor, table: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]; writes the tokens' rows into cache [num_blocks, block_size, r + G dr]."""

@@ -16,9 +16,11 @@ from engine.model.batch import Batch
 from engine.model.gqa import GQAttention
 from engine.model.linear import Linear
 from engine.model.mla import MLAttention
-from engine.model.mlp import GatedMLP
+from engine.model.mlp import GatedMLP, PlainMLP
+from engine.model.moe import MixtureOfExperts
 from engine.model.rotary import Rotary
-from engine.spec import AttentionSpec, GatedMLPSpec, GQASpec, LayerSpec, ModelSpec, RopeSpec
+from engine.spec import AttentionSpec, GatedMLPSpec, GQASpec, LayerSpec, MLPSpec, ModelSpec, PlainMLPSpec, RopeSpec
+from engine.tensor_map import under
 
 
 def rope_rows(spec: AttentionSpec) -> int:
@@ -48,9 +50,6 @@ class Layer:
     def __init__(self, spec: LayerSpec, model: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
         """`model`: what all layers share; its own `layers` are not looked at."""
 
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
         def norm(name: str) -> Tensor:
             return norm_weight(tensors[f"{name}.weight"], model)
 
@@ -61,14 +60,13 @@ class Layer:
         self.mlp_norm = norm("pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm")
         self.post_attention_norm = norm("post_attention_layernorm") if spec.post_norms else None
         self.post_mlp_norm = norm("post_feedforward_layernorm") if spec.post_norms else None
-        attention = under("self_attn.")
+        attention = dict(under(tensors, "self_attn."))
         self.attention = (
             GQAttention(spec.attention, attention)
             if isinstance(spec.attention, GQASpec)
             else MLAttention(spec.attention, attention)
         )
-        assert isinstance(spec.mlp, GatedMLPSpec)  # check_spec lets no other pass
-        self.mlp = GatedMLP(spec.mlp, under("mlp."))
+        self.mlp = make_mlp(spec.mlp, under(tensors, "mlp."))
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor, table: Tensor) -> Tensor:
         """The residual stream x [T, hidden] -> [T, hidden]."""
@@ -81,6 +79,12 @@ class Layer:
         if post_norm is not None:
             output = rms_norm(output, post_norm, self.eps)
         return output if self.residual_scale == 1 else output * self.residual_scale
+
+
+def make_mlp(spec: MLPSpec, tensors: Mapping[str, Tensor]) -> GatedMLP | PlainMLP | MixtureOfExperts:
+    if isinstance(spec, GatedMLPSpec):
+        return GatedMLP(spec, tensors)
+    return PlainMLP(spec, tensors) if isinstance(spec, PlainMLPSpec) else MixtureOfExperts(spec, tensors)
 
 
 def norm_weight(weight: Tensor, model: ModelSpec) -> Tensor:

@@ -20,6 +20,7 @@ from engine.errors import CheckpointError
 from engine.model.load import load_model
 from tests.checkpoint.folders import llama_folder, random_tensors
 from tests.checkpoint.test_mla_format import SMALL
+from tests.checkpoint.test_native_families import write as native_folder
 
 quick = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -78,6 +79,17 @@ def test_llama_rope_values(llama, rope):
         attempt(llama)
     finally:
         (llama / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3", "qwen2_moe"])
+@settings(quick, max_examples=60)
+@given(data=st.data(), value=values | ropes)
+def test_native_config_values(tmp_path, family, data, value):
+    folder, _ = native_folder(tmp_path, family)
+    config = json.loads((folder / "config.json").read_text())
+    key = data.draw(st.sampled_from([*config, "rope_scaling", "quantization_config", "num_nextn_predict_layers"]))
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    attempt(folder)
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:

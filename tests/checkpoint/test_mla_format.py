@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.mla_format import config_from_spec, format_config, spec_from_config
 from engine.errors import CheckpointError
-from engine.spec import GatedMLPSpec, GQASpec, HeadNormSpec, LayerSpec, MLASpec, ModelSpec, RopeSpec
+from engine.spec import (
+    GatedMLPSpec,
+    GQASpec,
+    HeadNormSpec,
+    LayerSpec,
+    MLASpec,
+    ModelSpec,
+    MoESpec,
+    PlainMLPSpec,
+    RopeSpec,
+)  # fmt: skip
 from tests.checkpoint.folders import llama_folder
 
 PLAIN = MLASpec(
@@ -72,6 +83,7 @@ frequency = st.floats(allow_nan=False, allow_infinity=False)
 def attentions(draw: st.DrawFn) -> MLASpec:
     groups, half = draw(st.integers(1, 4)), draw(st.integers(0, 3))
     count = groups * half
+    low_rank = draw(st.booleans())
     return MLASpec(
         num_heads=groups * draw(st.integers(1, 4)),
         kv_lora_rank=draw(st.integers(1, 512)),
@@ -85,6 +97,8 @@ def attentions(draw: st.DrawFn) -> MLASpec:
             draw(positive),
         ),
         rope_groups=groups,
+        q_lora_rank=draw(st.integers(1, 2048)) if low_rank else None,
+        q_norm_eps=draw(positive) if low_rank else None,
         latent_norm_eps=draw(st.none() | positive),
         sliding_window=draw(st.none() | st.integers(1, 2**31 - 1)),
         score_softcap=draw(st.none() | positive),
@@ -94,7 +108,32 @@ def attentions(draw: st.DrawFn) -> MLASpec:
     )
 
 
-layers = st.builds(LayerSpec, attentions(), st.builds(GatedMLPSpec, st.integers(1, 99), st.booleans()), st.booleans())
+activations = st.sampled_from(["silu", "gelu_tanh", "relu_squared"])
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> MoESpec:
+    groups, size = draw(st.integers(1, 8)), draw(st.integers(2, 32))
+    kept, shared = draw(st.integers(1, groups)), draw(st.integers(0, 99))
+    return MoESpec(
+        num_experts=groups * size,
+        experts_per_token=draw(st.integers(1, kept * size)),
+        intermediate_size=draw(st.integers(1, 99)),
+        shared_intermediate_size=shared,
+        shared_gate=shared > 0 and draw(st.booleans()),
+        scoring=draw(st.sampled_from(["softmax", "sigmoid"])),
+        correction_bias=draw(st.booleans()),
+        num_groups=groups,
+        groups_per_token=kept,
+        group_score=draw(st.sampled_from(["max", "top2_sum"])),
+        normalize=draw(st.booleans()),
+        scale=draw(positive),
+    )
+
+
+mlps = mixtures() | st.builds(GatedMLPSpec, st.integers(1, 99), st.booleans(), activations)
+mlps |= st.builds(PlainMLPSpec, st.integers(1, 99), st.booleans(), activations)
+layers = st.builds(LayerSpec, attentions(), mlps, st.booleans())
 specs = st.builds(
     ModelSpec,
     vocab_size=st.integers(1, 200_000),
@@ -202,6 +241,38 @@ def test_refused(path, value, names):
     with pytest.raises(CheckpointError) as caught:
         spec_from_config(change(path, value), "float32")
     for name in names:
+        assert name in str(caught.value)
+
+
+MIXTURE = MoESpec(
+    num_experts=8, experts_per_token=3, intermediate_size=10, shared_intermediate_size=4, num_groups=4,
+    groups_per_token=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"num_experts": 0}, ("num_experts",)),
+        ({"num_experts": 9}, ("9 experts", "4 equal groups")),
+        ({"experts_per_token": 5}, ("experts_per_token",)),
+        ({"groups_per_token": 5}, ("groups_per_token",)),
+        ({"groups_per_token": 0}, ("groups_per_token",)),
+        ({"intermediate_size": 0}, ("intermediate_size",)),
+        ({"shared_intermediate_size": -1}, ("shared_intermediate_size",)),
+        ({"shared_intermediate_size": 0, "shared_gate": True}, ("shared_gate",)),
+        ({"num_groups": 8, "group_score": "top2_sum", "experts_per_token": 2}, ("group_score",)),
+        ({"scale": 0.0}, ("scale",)),
+        ({"scoring": "tanh"}, ("layers[0].mlp.scoring", "tanh")),
+    ],
+)
+def test_mixtures_that_make_no_sense(changes, names):
+    config = config_from_spec(replace(SMALL, layers=(replace(SMALL.layers[0], mlp=MIXTURE),)))
+    assert spec_from_config(config, "float32").layers[0].mlp == MIXTURE
+    config["layers"][0]["mlp"] |= changes
+    with pytest.raises(CheckpointError) as caught:
+        spec_from_config(config, "float32")
+    for name in ("0", *names):
         assert name in str(caught.value)
 
 

@@ -144,7 +144,7 @@ class TestTensors:
         save_file(tensors, folder / "model.safetensors")
         checkpoint = open_checkpoint(folder)
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-            checkpoint.outer() if "norm" in name else checkpoint.layer(1)
+            checkpoint.outer() if "norm" in name else dict(checkpoint.layer(1))
 
 
 class TestSafetensors:

@@ -1,0 +1,87 @@
+"""Mixture of experts: which experts a token goes to, and the sum of what they make of it.
+
+Routing is computed in fp32, whatever the model's dtype: near ties decide which experts run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.kernels.moe import moe_torch, moe_triton
+from engine.model.linear import Linear
+from engine.model.mlp import GatedMLP
+from engine.spec import GatedMLPSpec, MoESpec
+from engine.tensor_map import under
+
+
+def route(spec: MoESpec, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Router logits [T, E] -> each token's experts, int64 [T, k] in no order, and their weights [T, k].
+
+    `bias` [E] moves what is selected and no weight (the loss-free balancing of DeepSeek-V3, arXiv 2412.19437).
+    """
+    scores = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
+    choice = scores if bias is None else scores + bias
+    if spec.groups_per_token < spec.num_groups:
+        groups = choice.unflatten(-1, (spec.num_groups, -1))
+        best = groups.amax(-1) if spec.group_score == "max" else groups.topk(2, -1, sorted=False).values.sum(-1)
+        kept = best.topk(spec.groups_per_token, -1, sorted=False).indices
+        outside = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
+        choice = groups.masked_fill(outside[..., None], float("-inf")).flatten(-2)
+    experts = choice.topk(spec.experts_per_token, -1, sorted=False).indices
+    weights = scores.gather(-1, experts)
+    if spec.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # as DeepSeek: sigmoids may all be 0
+    return experts, weights * spec.scale
+
+
+class MixtureOfExperts:
+    """On a GPU `gate_up` [E, 2 I, hidden] and `down` [E, hidden, I]; elsewhere a Linear for each expert."""
+
+    def __init__(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
+        """`tensors`: gate.weight, and gate.e_score_correction_bias where the spec has it; experts.<i>.gate_proj.weight,
+        up_proj and down_proj; the same under shared_experts., and shared_expert_gate.weight. Each expert's are read
+        once and one after another: where `tensors` makes them as they are read, no second copy of them ever exists.
+        """
+        self.spec = spec
+        self.router = tensors["gate.weight"].float()
+        self.bias = tensors["gate.e_score_correction_bias"].float() if spec.correction_bias else None
+        self.shared, self.shared_gate = None, None
+        if spec.shared_intermediate_size:
+            self.shared = GatedMLP(GatedMLPSpec(spec.shared_intermediate_size), under(tensors, "shared_experts."))
+        if spec.shared_gate:
+            self.shared_gate = Linear(tensors["shared_expert_gate.weight"])
+        if self.router.is_cuda:
+            self._stacked = stack(spec, tensors)
+        else:
+            experts = [GatedMLP(GatedMLPSpec(spec.intermediate_size), under(tensors, f"experts.{i}."))
+                       for i in range(spec.num_experts)]  # fmt: skip
+            self._apart = [expert.gate_up for expert in experts], [expert.down for expert in experts]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        experts, weights = route(self.spec, F.linear(x.float(), self.router), self.bias)
+        out = (
+            moe_triton(x, experts, weights, *self._stacked)
+            if x.is_cuda
+            else moe_torch(x, experts, weights, *self._apart)
+        )
+        if self.shared is None:
+            return out
+        shared = self.shared(x)
+        return out + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
+
+
+def stack(spec: MoESpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """-> gate_up [E, 2 I, hidden], down [E, hidden, I]."""
+    first, width = tensors["experts.0.down_proj.weight"], spec.intermediate_size
+    down = first.new_empty(spec.num_experts, *first.shape)
+    gate_up = first.new_empty(spec.num_experts, 2 * width, first.shape[0])
+    for i in range(spec.num_experts):
+        gate_up[i, :width] = tensors[f"experts.{i}.gate_proj.weight"]
+        gate_up[i, width:] = tensors[f"experts.{i}.up_proj.weight"]
+        down[i] = tensors[f"experts.{i}.down_proj.weight"]
+    return gate_up, down
