@@ -53,12 +53,11 @@ def conversion_summary(report: Mapping[str, Any], source: Path) -> str:
             ("8k conversations in 24 GiB", f"{fits[0]:,}", f"{fits[1]:,}"),
         ]
     )
-    sizes = sorted({(layer["kv_lora_rank"], layer["rope_width"]) for layer in report["layers"]})
     return "\n".join(
         [
             f"\n{report['source']} -> {report['out']}",
             ", ".join(filter(None, (report["method"], _options(report)))) + ", latent + rope per layer: "
-            f"{', '.join(f'{r} + {rope}' for r, rope in sizes)} ({ratio:.0%} of the cache)",
+            f"{_sizes(report)} ({ratio:.0%} of the cache)",
             *lines,
             *(f"warning: {warning}" for warning in report["warnings"]),
             f"Measured on {quality['tokens']:,} tokens held out of the calibration text. Measure on text of your own:",
@@ -93,7 +92,9 @@ def comparison_table(report: Mapping[str, Any]) -> str:
     """`report`: as `compare.compare` gives it."""
     rows = report["rows"]
     reference = next(row for row in rows if "error" not in row)
-    cells = [("cache", "method", "refined", "bytes/token", "perplexity", "KL", "same top token", "options")]
+    cells = [
+        ("cache", "method", "refined", "bytes/token", "perplexity", "KL", "same top token", "latent + rope, options")
+    ]
     for row in rows:
         cells.append((f"{row['cache_ratio']:.1%}", row["method"], row["refine"], *_measured(row)))
     return "\n".join(
@@ -117,7 +118,7 @@ def _measured(row: Mapping[str, Any]) -> tuple[str, ...]:
         return ("", "", "", "", "not possible, see below")
     return (
         f"{row['cache_bytes_per_token']:,}", f"{row['perplexity']:.3f}", f"{row['kl']:.4g}",
-        f"{row['top1_agreement']:.1%}", _options(row),
+        f"{row['top1_agreement']:.1%}", ", ".join(filter(None, (_sizes(row), _options(row)))),
     )  # fmt: skip
 
 
@@ -126,6 +127,12 @@ def _by_position(report: Mapping[str, Any]) -> list[str]:
         f"  {bucket['from']:>6,} to {bucket['to']:>6,}  {bucket['kl']:.4g}  ({bucket['tokens']:,} tokens)"
         for bucket in report["kl_by_position"]
     ]
+
+
+def _sizes(report: Mapping[str, Any]) -> str:
+    """Of every layer, or of all that differ in order of their sizes."""
+    distinct = sorted({(layer["kv_lora_rank"], layer["rope_width"]) for layer in report["layers"]})
+    return ", ".join(f"{rank} + {rope}" for rank, rope in distinct)
 
 
 def _options(report: Mapping[str, Any]) -> str:
