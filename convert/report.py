@@ -128,6 +128,18 @@ def _by_position(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def export_summary(report: Mapping[str, Any]) -> str:
+    """`report`: as `export.export_model` gives it."""
+    cache, own = report["cache_bytes_per_token"], report["source_cache_bytes_per_token"]
+    lines = [f"{report['out']}: a {report['format']} checkpoint, {cache:,} cache bytes per token"]
+    if cache > own:
+        lines.append(f"Padding makes that {cache / own - 1:.0%} more than here: its layers all have one shape.")
+    if report["rope"] != "default":
+        lines.append("Its frequencies are written as LongRoPE factors. transformers reads them; an engine that takes "
+                     "DeepSeek-V3 with YaRN only does not.")  # fmt: skip
+    return "\n".join(lines)
+
+
 def _options(report: Mapping[str, Any]) -> str:
     chosen = {name: report["options"].get(name) for name in METHOD_OPTIONS}
     return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in chosen.items() if value is not None)

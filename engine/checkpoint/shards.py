@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.checkpoint.tensor_files import DTYPES, INDEX, SINGLE
 from engine.errors import CheckpointError, OutputError
 
+SINGLE_BYTES = 2 << 30  # of weights; more are a file for each layer
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 CODES = {name: code for code, name in DTYPES.items()}  # "bfloat16" -> "BF16"
 
@@ -104,12 +105,25 @@ class ShardWriter:
         """Of the weights, once all files are written."""
         return sum(entry.size for path in self._paths for entry in _read_header(path)[0].values())
 
-    def write_index(self) -> None:
+    def gather(self, work: Path, single_bytes: int = SINGLE_BYTES) -> Path:
+        """-> the folder with the weights as they are handed out: this one, or one in `work` with a single file.
+
+        All files are written. Raises OSError.
+        """
+        if self.total_bytes() > single_bytes:
+            self._write_index()
+            return self.folder
+        folder = work / "single"
+        folder.mkdir(exist_ok=True)
+        self._merge(folder)
+        return folder
+
+    def _write_index(self) -> None:
         """Beside the files, which so are the shards of a checkpoint."""
         weight_map = {name: path.name for path in self._paths for name in _read_header(path)[0]}
         write_json(self.folder / INDEX, {"metadata": {"total_size": self.total_bytes()}, "weight_map": weight_map})
 
-    def merge(self, folder: Path) -> None:
+    def _merge(self, folder: Path) -> None:
         """All weights as one file in another folder."""
         headers = [_read_header(path) for path in self._paths]
         entries = {name: entry for header, _ in headers for name, entry in header.items()}

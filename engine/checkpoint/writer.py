@@ -21,7 +21,7 @@ from engine.checkpoint.checkpoint import Checkpoint
 from engine.checkpoint.generation import generation_config
 from engine.checkpoint.layout import Shape, check_tensors, layer_tensors, outer_tensors, stored_name
 from engine.checkpoint.mla_format import config_from_spec, format_config
-from engine.checkpoint.shards import ShardWriter, output_errors, sync, write_json
+from engine.checkpoint.shards import SINGLE_BYTES, ShardWriter, output_errors, sync, write_json
 from engine.errors import CheckpointError
 from engine.spec import LayerSpec, ModelSpec
 from engine.tokenizer import copy_tokenizer
@@ -42,7 +42,7 @@ class CheckpointWriter:
         *,
         overwrite: bool = False,
         work: Path | None = None,
-        single_bytes: int = 2 << 30,
+        single_bytes: int = SINGLE_BYTES,
     ) -> None:
         """`source` gives tokenizer, chat template and generation defaults. Weights are cast to spec.dtype.
 
@@ -113,21 +113,11 @@ class CheckpointWriter:
                 raise CheckpointError(f"{self._out}: not written yet: {_named(index)}")
         config = format_config(config_from_spec(replace(self._spec, layers=tuple(self._layers))))
         with output_errors(self._out):
-            folder = self._gather()
+            folder = self._shards.gather(self._work, self._single_bytes)
             (folder / "config.json").write_text(config)
             write_json(folder / "conversion.json", conversion)
             copy_side_files(self._source, folder)
             place(folder, self._out, self._work)
-
-    def _gather(self) -> Path:
-        """-> the folder with the weights as they are handed out; that of the shards, or one with a single file."""
-        if self._shards.total_bytes() > self._single_bytes:
-            self._shards.write_index()
-            return self._shards.folder
-        folder = self._work / "single"
-        folder.mkdir(exist_ok=True)
-        self._shards.merge(folder)
-        return folder
 
     def _add(self, tensors: Mapping[str, Tensor], expected: dict[str, Shape], index: int | None) -> None:
         where = f"{self._out}: {_named(index)}"
