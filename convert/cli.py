@@ -218,7 +218,7 @@ def export_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m convert export",
         description="Write a converted model as a stock DeepSeek-V3 checkpoint, which engines load that do not know "
-        "this project's format. Where layers differ in rank or in frequencies they are padded, so its cache may be larger.",
+        "this project's format. Where layers differ in rank or in frequencies they are padded, and its cache grows.",
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="the converted model")
