@@ -139,7 +139,7 @@ def _write(
         layers = LayerStore(work, writer, spec)
         result = sweep(source, text.fit, text.check, [best], precision, layers.add, finished=layers.finished)[0]
         spec = replace(spec, layers=layers.specs())
-        quality = {**result.report(), "tokens": result.tokens, "attention_errors": layers.errors()}
+        quality = {**result.report(), "tokens": result.tokens, "attention_errors": layers.measured("attention_error")}
         writer.finish(
             {
                 "source": source.path.resolve().name,
