@@ -1,9 +1,9 @@
 """A pass over the source's layers: calibration statistics -> method -> the layer as it will be written, and its error.
 
-Invariant: one layer's weights are in memory at a time; the embedding and the head are read when they are needed, and not
-widened as a whole. Everything else held is activations. All statistics are the source model's own: no layer sees the
-conversion of those before it. What is measured is what is written: errors are taken with the tensors rounded to the
-dtype they are stored in.
+Invariant: one layer's weights are in memory at a time; the embedding and the head are read when they are needed, and
+not widened as a whole. Everything else held is activations. All statistics are the source model's own: no layer sees
+the conversion of those before it. What is measured is what is written: errors are taken with the tensors rounded to
+the dtype they are stored in.
 """
 
 from __future__ import annotations
