@@ -40,8 +40,8 @@ class LayerStore:
             return None
         spec = self._layer(index)
         assert isinstance(spec.attention, MLASpec)  # nothing else is written
-        tensors = self._writer.read_layer(index, spec).items()
-        return spec.attention, {n.removeprefix(ATTENTION): t for n, t in tensors if n.startswith(ATTENTION)}
+        tensors = self._writer.read_layer(index, spec, ATTENTION)
+        return spec.attention, {name.removeprefix(ATTENTION): t for name, t in tensors.items()}
 
     def specs(self) -> tuple[LayerSpec, ...]:
         return tuple(self._layer(i) for i in self._layers)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -96,10 +96,10 @@ class ShardWriter:
         write_atomically(self._paths[part], write)
         self.written.add(part)
 
-    def read(self, part: int) -> dict[str, Tensor]:
-        """The tensors of a file that was written, in memory of their own. Raises OSError, SafetensorError."""
+    def read(self, part: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of a file that was written, in memory of their own. Raises OSError, SafetensorError."""
         with safe_open(self._paths[part], framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: file.get_tensor(name).clone() for name in names}
 
     def total_bytes(self) -> int:
         """Of the weights, once all files are written."""

@@ -94,17 +94,19 @@ class CheckpointWriter:
             self._layers[index] = spec
         self._add(tensors, layer_tensors(self._layers[index], self._spec.hidden_size), index)
 
-    def read_layer(self, index: int, spec: LayerSpec) -> dict[str, Tensor]:
-        """The tensors of a layer that `has` been written, as given to `add_layer`, in spec.dtype.
+    def read_layer(self, index: int, spec: LayerSpec, prefix: str = "") -> dict[str, Tensor]:
+        """Those tensors of a layer that `has` been written whose names begin with `prefix`, in spec.dtype.
 
-        Raises CheckpointError where they are not those of `spec`.
+        `spec`: as given to `add_layer`. Raises CheckpointError where the tensors are not its.
         """
         self._layers[index] = spec
-        with output_errors(self._out):
-            stored = self._shards.read(_part(index))
         expected = layer_tensors(spec, self._spec.hidden_size)
-        check_tensors(f"{self._work}: layer {index}", {stored_name(n, index): s for n, s in expected.items()}, stored)
-        return {name: stored[stored_name(name, index)] for name in expected}
+        wanted = {name: shape for name, shape in expected.items() if name.startswith(prefix)}
+        with output_errors(self._out):
+            stored = self._shards.read(_part(index), [stored_name(name, index) for name in wanted])
+        tensors = {name: stored[stored_name(name, index)] for name in wanted}
+        check_tensors(f"{self._work}: layer {index}", wanted, tensors)
+        return tensors
 
     def finish(self, conversion: Mapping[str, Any]) -> None:
         """Write what remains, `conversion` as conversion.json, and put the folder in its place."""
