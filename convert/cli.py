@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,10 +15,20 @@ from convert.compare import CACHE_RATIOS, CompareRequest, compare
 from convert.compare import METHODS as COMPARED
 from convert.conversion import CALIBRATION_TOKENS, ConversionRequest, convert
 from convert.evaluate import DEFAULT_WINDOW, EvaluationRequest, evaluate
+from convert.export import FORMATS, LATENT_EPS, check_exportable, export_folder, export_model
 from convert.methods import mha2mla
 from convert.plan import DEFAULT_CACHE_RATIO, DEFAULT_METHOD, METHODS, MethodRequest
 from convert.plots import check_plot_target, plot_comparison, plot_evaluation
-from convert.report import check_json_target, comparison_table, conversion_summary, evaluation_summary, write_json
+from convert.report import (
+    check_json_target,
+    comparison_table,
+    conversion_summary,
+    evaluation_summary,
+    export_summary,
+    write_json,
+)
+from engine.checkpoint import open_checkpoint
+from engine.checkpoint.writer import check_output
 from engine.errors import EngineError
 from engine.hub import local_folder
 from engine.model.load import DTYPES
@@ -67,8 +78,23 @@ def run_convert(arguments: Sequence[str]) -> None:
         seed=args.seed,
         overwrite=args.overwrite,
     )
+    if args.export is not None:
+        spec = open_checkpoint(request.source).spec
+        check_exportable(replace(spec, dtype=spec.dtype if args.dtype == "auto" else args.dtype))
+        check_output(export_folder(args.out), request.source, args.overwrite)
     report = convert(request)
     print(conversion_summary(report, args.model))
+    if args.export is not None:
+        target = export_folder(args.out)
+        print(export_summary(export_model(args.out, target, overwrite=args.overwrite)))
+    write_json(args.json, report)
+
+
+def run_export(arguments: Sequence[str]) -> None:
+    args = export_parser().parse_args(arguments)
+    check_json_target(args.json)
+    report = export_model(args.model, args.out, overwrite=args.overwrite, latent_eps=args.latent_norm_eps)
+    print(export_summary(report))
     write_json(args.json, report)
 
 
@@ -107,7 +133,11 @@ def run_compare(arguments: Sequence[str]) -> None:
         plot_comparison(report, args.plot)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"evaluate": run_evaluate, "compare": run_compare}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "evaluate": run_evaluate,
+    "compare": run_compare,
+    "export": run_export,
+}
 
 
 def convert_parser() -> argparse.ArgumentParser:
@@ -174,9 +204,33 @@ def convert_parser() -> argparse.ArgumentParser:
         help=f"tokens to learn from; a quarter more are held out (default: {CALIBRATION_TOKENS}, or all there are)",
     )  # fmt: skip
     add("--dtype", choices=DTYPE_CHOICES, default="auto", help="of the weights written (default: as in the source)")
+    add(
+        "--export", choices=FORMATS,
+        help="also write the result as a checkpoint of this kind, beside DIR; see `python -m convert export --help`",
+    )  # fmt: skip
     _add_common(parser)
     add("--seed", type=int, default=0, help="of sampling and of the order of the text (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace a checkpoint that is in DIR already")
+    return parser
+
+
+def export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert export",
+        description="Write a converted model as a stock DeepSeek-V3 checkpoint, which engines load that do not know "
+        "this project's format. Where layers differ in rank or in frequencies they are padded, and its cache grows.",
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="the converted model")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write; it appears only once it is complete")
+    add("--format", choices=FORMATS, default=FORMATS[0], help="(default: %(default)s)")
+    add(
+        "--latent-norm-eps", type=float, default=LATENT_EPS, metavar="E",
+        help="epsilon that the engine to load it normalises latents with: transformers %(default)g in any model, "
+        "others the model's own rms_norm_eps (default: %(default)g)",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace a checkpoint that is in DIR already")
+    add("--json", type=Path, metavar="FILE", help="also write what is printed, as JSON")
     return parser
 
 

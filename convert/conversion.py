@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +20,7 @@ from convert import calibration
 from convert.calibration import Calibration
 from convert.errors import ConversionError
 from convert.layer_store import LayerStore
-from convert.memory import weight_bytes
+from convert.memory import peak_memory, weight_bytes
 from convert.partial import PartialWork, is_placed, partial_work, say
 from convert.pipeline import Precision, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
@@ -56,6 +57,7 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
     Raises EngineError. What an interrupted conversion had finished stays in `partial_folder(request.out)`; the same
     request goes on from there, to the same result bit by bit.
     """
+    began = time.monotonic()
     source = open_checkpoint(request.source)
     ways = candidates(source.spec, request.method)
     precision = Precision(resolve_device(request.device), _stored_dtype(request.dtype, source))
@@ -75,6 +77,8 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
         "out": str(request.out),
         "weight_bytes": weight_bytes(open_checkpoint(request.out).spec),
         "source_weight_bytes": weight_bytes(source.spec),
+        "seconds": time.monotonic() - began,
+        "peak_memory_bytes": peak_memory(),
     }
 
 
@@ -139,7 +143,7 @@ def _write(
         layers = LayerStore(work, writer, spec)
         result = sweep(source, text.fit, text.check, [best], precision, layers.add, finished=layers.finished)[0]
         spec = replace(spec, layers=layers.specs())
-        quality = {**result.report(), "tokens": result.tokens, "attention_errors": layers.errors()}
+        quality = {**result.report(), "tokens": result.tokens, "attention_errors": layers.measured("attention_error")}
         writer.finish(
             {
                 "source": source.path.resolve().name,

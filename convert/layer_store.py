@@ -27,11 +27,11 @@ class LayerStore:
         self._spec = spec
         self._layers = range(len(spec.layers))
 
-    def add(self, layer: LayerSpec, tensors: dict[str, Tensor], error: float) -> None:
+    def add(self, layer: LayerSpec, tensors: dict[str, Tensor], measured: dict[str, Any]) -> None:
         """The first layer that is not finished. Raises OutputError, CheckpointError for tensors that are not finite."""
         index = next(i for i in self._layers if not self._writer.has(i))
         config = config_from_spec(replace(self._spec, layers=(layer,)))
-        self._work.keep(_name(index), {"config": config, "attention_error": error})
+        self._work.keep(_name(index), {"config": config, "measured": measured})
         self._writer.add_layer(index, tensors, layer)
 
     def finished(self, index: int) -> tuple[MLASpec, dict[str, Tensor]] | None:
@@ -40,15 +40,15 @@ class LayerStore:
             return None
         spec = self._layer(index)
         assert isinstance(spec.attention, MLASpec)  # nothing else is written
-        tensors = self._writer.read_layer(index, spec).items()
-        return spec.attention, {n.removeprefix(ATTENTION): t for n, t in tensors if n.startswith(ATTENTION)}
+        tensors = self._writer.read_layer(index, spec, ATTENTION)
+        return spec.attention, {name.removeprefix(ATTENTION): t for name, t in tensors.items()}
 
     def specs(self) -> tuple[LayerSpec, ...]:
         return tuple(self._layer(i) for i in self._layers)
 
-    def errors(self) -> list[float]:
-        """Of each layer's attention output, relative."""
-        return [self._work.read(_name(i))["attention_error"] for i in self._layers]
+    def measured(self, key: str) -> list[Any]:
+        """What was measured of each layer, under this name."""
+        return [self._work.read(_name(i))["measured"][key] for i in self._layers]
 
     def _layer(self, index: int) -> LayerSpec:
         record: dict[str, Any] = self._work.read(_name(index))

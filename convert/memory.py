@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 
 from engine.checkpoint.layout import expected_tensors
 from engine.model.load import DTYPES
@@ -12,6 +14,12 @@ from engine.spec import ModelSpec
 def weight_bytes(spec: ModelSpec) -> int:
     """Of the weights as stored."""
     return DTYPES[spec.dtype].itemsize * sum(math.prod(shape) for shape in expected_tensors(spec).values())
+
+
+def peak_memory() -> int:
+    """The most bytes of host memory that this process has taken so far, mapped files included."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def conversations_that_fit(memory: int, weights: int, cache_bytes_per_token: int, tokens: int) -> int:

@@ -1,8 +1,9 @@
 """A pass over the source's layers: calibration statistics -> method -> the layer as it will be written, and its error.
 
-Invariant: one layer's weights are in memory at a time, beside the embedding and the head; everything else held is
-activations. All statistics are the source model's own: no layer sees the conversion of those before it. What is
-measured is what is written: errors are taken with the tensors rounded to the dtype they are stored in.
+Invariant: one layer's weights are in memory at a time; the embedding and the head are read when they are needed, and
+not widened as a whole. Everything else held is activations. All statistics are the source model's own: no layer sees
+the conversion of those before it. What is measured is what is written: errors are taken with the tensors rounded to
+the dtype they are stored in.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +28,13 @@ from engine.model.mla import MLAttention
 from engine.model.transformer import Layer, finish_logits, norm_weight
 from engine.spec import GQASpec, LayerSpec, MLASpec, ModelSpec
 
+HEAD_ROWS = 8192  # of the output head, widened at a time
+
 Windows = Sequence[Sequence[int]]
 # Takes each converted layer as it is made, in order: its spec, its tensors (the attention's as stored, the rest as in
-# the source), and the relative error of its attention's output on the source's own inputs.
-LayerSink = Callable[[LayerSpec, dict[str, Tensor], float], None]
+# the source), and what was measured of it, for JSON: `attention_error`, the relative error of its attention's output on
+# the source's own inputs.
+LayerSink = Callable[[LayerSpec, dict[str, Tensor], dict[str, Any]], None]
 # The attention of a layer that was converted before, as it was stored, by its number; None: it was not.
 Finished = Callable[[int], tuple[MLASpec, dict[str, Tensor]] | None]
 
@@ -41,6 +46,11 @@ class Precision:
     device: torch.device
     stored: torch.dtype
     compute: torch.dtype = torch.float32
+
+    def outer(self, source: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What no layer owns, as the source stores it and as the result does: not widened, since it may be large."""
+        here = {name: t.to(self.device) for name, t in source.outer().items()}
+        return here, self.store(here)
 
     def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.to(self.device, self.compute) for name, t in tensors.items()}
@@ -68,10 +78,10 @@ def sweep(
 
     `sink` gets the first candidate's layers, but for those that are `finished`, which are not converted again.
     """
-    outer = source.outer()
-    loaded, stored = precision.load(outer), precision.load(precision.store(outer))
+    loaded, stored = precision.outer(source)
     fit_stream, check_stream = (Stream(w, loaded["embed_tokens.weight"], source.spec) for w in (fit, check))
     own_streams = [Stream(check, stored["embed_tokens.weight"], source.spec) for _ in candidates]
+    del loaded, stored
     for index, spec in enumerate(tqdm(source.spec.layers, description, unit="layer", disable=None)):
         assert isinstance(spec.attention, GQASpec)  # candidates exist for GQA models alone
         raw = dict(source.layer(index))
@@ -79,6 +89,7 @@ def sweep(
         attention = {n.removeprefix("self_attn."): t for n, t in tensors.items() if n.startswith("self_attn.")}
         rest = {n: t for n, t in raw.items() if not n.startswith("self_attn.")}
         layer = Layer(spec, source.spec, tensors)
+        del tensors
         as_stored = layer
         if any(t.dtype != precision.stored for t in raw.values()):
             as_stored = Layer(spec, source.spec, precision.load(precision.store(raw)))
@@ -86,6 +97,7 @@ def sweep(
             own_streams[0].advance(_with_attention(as_stored, before[0], precision.load(before[1])))
             fit_stream.advance(layer)
             check_stream.advance(layer)
+            del raw, attention, rest, layer, as_stored, before
             continue
         methods = [candidate.layers[index] for candidate in candidates]
         view = linear_view(spec.attention, attention)
@@ -97,10 +109,13 @@ def sweep(
             converted = _with_attention(as_stored, mla, precision.load(made))
             if i == 0 and sink is not None:
                 error = relative_error(zip(check_stream.attended(layer), check_stream.attended(converted), strict=True))
-                sink(converted.spec, rest | {f"self_attn.{name}": t for name, t in made.items()}, error)
+                measured = {"attention_error": error}
+                sink(converted.spec, rest | {f"self_attn.{name}": t for name, t in made.items()}, measured)
             stream.advance(converted)
         fit_stream.advance(layer)
         check_stream.advance(layer)
+        del raw, attention, rest, layer, as_stored, learnt, made, converted  # before the next layer is read
+    loaded, stored = precision.outer(source)
     return [_compare(check_stream, own, loaded, stored, source.spec) for own in own_streams]
 
 
@@ -112,17 +127,22 @@ def _with_attention(layer: Layer, spec: MLASpec, tensors: dict[str, Tensor]) -> 
     return other
 
 
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, in], weight [out, in] of any dtype -> [n, out] in x's, with little of the weight widened at a time."""
+    return torch.cat([F.linear(x, rows.to(x.dtype)) for rows in weight.split(HEAD_ROWS)], -1)
+
+
 def _compare(
     source: Stream, own: Stream, loaded: Mapping[str, Tensor], stored: Mapping[str, Tensor], spec: ModelSpec
 ) -> Comparison:
     """Final norm and head on both residual streams."""
 
     def final(x: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
-        return rms_norm(x, norm_weight(outer["norm.weight"], spec), spec.norm_eps)
+        return rms_norm(x, norm_weight(outer["norm.weight"].to(x.dtype), spec), spec.norm_eps)
 
     def logits(outer: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         head = outer.get("lm_head.weight", outer["embed_tokens.weight"])
-        return lambda hidden: finish_logits(F.linear(hidden, head), spec)
+        return lambda hidden: finish_logits(_project(hidden, head), spec)
 
     comparison = Comparison(spec.vocab_size)
     for a, b in zip(source.chunks, own.chunks, strict=True):

@@ -10,9 +10,10 @@ from typing import Any
 from convert.errors import ConversionError
 from convert.memory import conversations_that_fit
 
-GPU_MEMORY = 24 << 30
+GPU_MEMORY = (24, 80)  # GiB
 CONVERSATION = 8192  # tokens
 METHOD_OPTIONS = ("freqfold", "basis", "ranks", "partial_rope", "svd")
+WORST = 3  # layers the summary names
 
 
 def check_json_target(path: Path | None) -> None:
@@ -33,11 +34,6 @@ def write_json(path: Path | None, report: Mapping[str, Any]) -> None:
 def conversion_summary(report: Mapping[str, Any], source: Path) -> str:
     """`report`: as `conversion.convert` gives it."""
     quality = report["quality"]
-    fits = [
-        conversations_that_fit(GPU_MEMORY, report[f"{which}weight_bytes"], report[f"{which}cache_bytes_per_token"],
-                               CONVERSATION)
-        for which in ("source_", "")
-    ]  # fmt: skip
     ratio = report["cache_bytes_per_token"] / report["source_cache_bytes_per_token"]
     lines = _columns(
         [
@@ -50,7 +46,7 @@ def conversion_summary(report: Mapping[str, Any], source: Path) -> str:
                 f"{report['source_cache_bytes_per_token']:,}",
                 f"{report['cache_bytes_per_token']:,}",
             ),
-            ("8k conversations in 24 GiB", f"{fits[0]:,}", f"{fits[1]:,}"),
+            *(_fits(report, gib) for gib in GPU_MEMORY),
         ]
     )
     return "\n".join(
@@ -59,13 +55,31 @@ def conversion_summary(report: Mapping[str, Any], source: Path) -> str:
             ", ".join(filter(None, (report["method"], _options(report)))) + ", latent + rope per layer: "
             f"{_sizes(report)} ({ratio:.0%} of the cache)",
             *lines,
+            _worst_layers(quality["attention_errors"]),
             *(f"warning: {warning}" for warning in report["warnings"]),
+            f"{report['seconds']:,.0f} s, at most {report['peak_memory_bytes'] / 2**30:.1f} GiB of host memory",
             f"Measured on {quality['tokens']:,} tokens held out of the calibration text. Measure on text of your own:",
             f"  python -m convert evaluate --model {report['out']} --reference {source} --text FILE.txt",
             "Serve it:",
             f"  python -m server --model {report['out']}",
         ]
     )
+
+
+def _fits(report: Mapping[str, Any], gib: int) -> tuple[str, str, str]:
+    """How many conversations fit on a GPU of so much memory."""
+    source, converted = (
+        conversations_that_fit(gib << 30, report[f"{which}weight_bytes"], report[f"{which}cache_bytes_per_token"],
+                               CONVERSATION)
+        for which in ("source_", "")
+    )  # fmt: skip
+    return f"8k conversations in {gib} GiB", f"{source:,}", f"{converted:,}"
+
+
+def _worst_layers(errors: Sequence[float]) -> str:
+    worst = sorted(range(len(errors)), key=lambda i: -errors[i])[:WORST]
+    named = ", ".join(f"layer {i} {errors[i]:.2g}" for i in worst)
+    return f"relative error of the attention's output: mean {sum(errors) / len(errors):.2g}, worst {named}"
 
 
 def evaluation_summary(report: Mapping[str, Any]) -> str:
@@ -133,6 +147,18 @@ def _sizes(report: Mapping[str, Any]) -> str:
     """Of every layer, or of all that differ in order of their sizes."""
     distinct = sorted({(layer["kv_lora_rank"], layer["rope_width"]) for layer in report["layers"]})
     return ", ".join(f"{rank} + {rope}" for rank, rope in distinct)
+
+
+def export_summary(report: Mapping[str, Any]) -> str:
+    """`report`: as `export.export_model` gives it."""
+    cache, own = report["cache_bytes_per_token"], report["source_cache_bytes_per_token"]
+    lines = [f"{report['out']}: a {report['format']} checkpoint, {cache:,} cache bytes per token"]
+    if cache > own:
+        lines.append(f"Padding makes that {cache / own - 1:.0%} more than here: its layers all have one shape.")
+    if report["rope"] != "default":
+        lines.append("Its frequencies are written as LongRoPE factors. transformers reads them; an engine that takes "
+                     "DeepSeek-V3 with YaRN only does not.")  # fmt: skip
+    return "\n".join(lines)
 
 
 def _options(report: Mapping[str, Any]) -> str:

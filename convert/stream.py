@@ -18,11 +18,15 @@ from engine.model.transformer import Layer, embed, rope_key
 from engine.spec import ModelSpec
 
 CHUNK_TOKENS = 4096
+CHUNK_NUMBERS = 1 << 25  # of a gated MLP's two projections: 128 MiB in fp32
 BLOCK_SIZE = 64
 
 
 class Chunk:
-    """Windows of one length, run as fresh sequences of one batch: x [T, hidden] is where they stand in the model."""
+    """Windows of one length, run as fresh sequences of one batch: x [T, hidden] is where they stand in the model.
+
+    x is float32, or what is wider, whatever the embedding's dtype.
+    """
 
     def __init__(self, windows: Sequence[Sequence[int]], embedding: Tensor, spec: ModelSpec) -> None:
         ids = torch.tensor(windows, device=embedding.device)  # int64 [windows, length]
@@ -34,7 +38,8 @@ class Chunk:
         self.seen = torch.arange(1, self.length, device=ids.device).repeat(
             self.num_windows
         )  # tokens before each target
-        self.x = embed(self.token_ids, embedding, spec)
+        used, index = self.token_ids.unique(return_inverse=True)
+        self.x = embed(index, embedding[used].to(torch.promote_types(embedding.dtype, torch.float32)), spec)
 
     def predicting(self, rows: Tensor) -> Tensor:
         """rows [T, n] -> the rows of the tokens that predict `targets`."""
@@ -44,7 +49,12 @@ class Chunk:
 def chunks(
     windows: Sequence[Sequence[int]], embedding: Tensor, spec: ModelSpec, limit: int = CHUNK_TOKENS
 ) -> Iterator[Chunk]:
-    """Windows in order: neighbours of one length together, as long as they have at most `limit` tokens."""
+    """Windows in order: neighbours of one length together, as long as they have at most `limit` tokens.
+
+    Fewer where an MLP is wide, so that what it computes takes no more than CHUNK_NUMBERS.
+    """
+    widest = max((layer.mlp.intermediate_size for layer in spec.layers), default=1)
+    limit = min(limit, max(1, CHUNK_NUMBERS // (2 * widest)))
     held: list[Sequence[int]] = []
     for window in windows:
         if held and (len(window) != len(held[0]) or (len(held) + 1) * len(window) > limit):

@@ -25,7 +25,7 @@ def settle(
     """The candidates in order; where there are allocations, after one pass of the source over `fit` for all of them."""
     found: dict[int, list[Any]] = {i: [] for i, way in enumerate(tried) if isinstance(way, Allocation)}
     if found:
-        stream = Stream(fit, precision.load(source.outer())["embed_tokens.weight"], source.spec)
+        stream = Stream(fit, precision.outer(source)[0]["embed_tokens.weight"], source.spec)
         for index, spec in enumerate(tqdm(source.spec.layers, "surveying", unit="layer", disable=None)):
             assert isinstance(spec.attention, GQASpec)  # candidates exist for GQA models alone
             tensors = precision.load(source.layer(index))
@@ -38,4 +38,5 @@ def settle(
             for i, survey in surveys.items():
                 found[i].append(survey.find(view.spec, view.tensors, learnt[survey.collect]))
             stream.advance(layer)
+            del tensors, attention, layer, learnt  # before the next layer is read
     return [way.allocate(found[i]) if isinstance(way, Allocation) else way for i, way in enumerate(tried)]

@@ -6,6 +6,7 @@ each block is multiplied by. They are multiplied out when they are read: above t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from engine.checkpoint.json_file import Size, typed
 from engine.checkpoint.layout import Shape
-from engine.checkpoint.tensor_files import StoredTensor, TensorFiles
+from engine.checkpoint.tensor_files import TensorFiles, all_finite
 from engine.errors import CheckpointError
 
-FP8 = "F8_E4M3"
+FP8 = "float8_e4m3fn"
 SCALE = "_scale_inv"
 
 
@@ -52,7 +53,7 @@ class Fp8Files:
             self._check(name)
         scales = {name + SCALE for name in self._scaled}
         self.entries = {
-            name: StoredTensor(entry.file, entry.shape, dtype) if name in self._scaled else entry
+            name: replace(entry, dtype=dtype) if name in self._scaled else entry
             for name, entry in files.entries.items()
             if name not in scales
         }
@@ -63,7 +64,7 @@ class Fp8Files:
         if name not in self._scaled:
             return tensor
         weight = multiply_out(tensor, self._files.load(name + SCALE), self._block, getattr(torch, self._dtype))
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             raise CheckpointError(f"{self.entries[name].file}: tensor {name} has weights that are NaN or infinite")
         return weight
 

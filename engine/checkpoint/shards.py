@@ -7,20 +7,22 @@ it was writing, and the next one goes on from there. No more than one tensor is 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.tensor_files import DTYPES, INDEX, SINGLE
+from engine.checkpoint.tensor_files import DTYPES, INDEX, SINGLE, all_finite, read_header
 from engine.errors import CheckpointError, OutputError
 
+SINGLE_BYTES = 2 << 30  # of weights; more are a file for each layer
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 CODES = {name: code for code, name in DTYPES.items()}  # "bfloat16" -> "BF16"
 
@@ -82,77 +84,68 @@ class ShardWriter:
     def write(self, part: int, tensors: Mapping[str, Tensor]) -> None:
         """`tensors` by their names in the file, on any device. Raises OSError, CheckpointError for NaN and infinity."""
         dtype: torch.dtype = getattr(torch, self._dtype)
-        entries = {name: Entry(CODES[self._dtype], t.shape, t.numel() * dtype.itemsize) for name, t in tensors.items()}
 
         def write(file: BinaryIO) -> None:
-            file.write(_header(entries))
+            file.write(_header({name: t.shape for name, t in tensors.items()}, self._dtype))
             for name, tensor in tensors.items():
                 stored = tensor.detach().to("cpu", dtype).contiguous()
-                if not torch.isfinite(stored).all():
+                if not all_finite(stored):
                     raise CheckpointError(f"{name} has weights that are NaN or infinite in {self._dtype}")
                 file.write(stored.flatten().view(torch.uint8).numpy().data)
 
         write_atomically(self._paths[part], write)
         self.written.add(part)
 
-    def read(self, part: int) -> dict[str, Tensor]:
-        """The tensors of a file that was written, in memory of their own. Raises OSError, SafetensorError."""
+    def read(self, part: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of a file that was written, in memory of their own. Raises OSError, SafetensorError."""
         with safe_open(self._paths[part], framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: file.get_tensor(name).clone() for name in names}
 
     def total_bytes(self) -> int:
         """Of the weights, once all files are written."""
-        return sum(entry.size for path in self._paths for entry in _read_header(path)[0].values())
+        return sum(entry.end - entry.start for path in self._paths for entry in read_header(path).values())
 
-    def write_index(self) -> None:
+    def gather(self, work: Path, single_bytes: int = SINGLE_BYTES) -> Path:
+        """-> the folder with the weights as they are handed out: this one, or one in `work` with a single file.
+
+        All files are written. Raises OSError.
+        """
+        if self.total_bytes() > single_bytes:
+            self._write_index()
+            return self.folder
+        folder = work / "single"
+        folder.mkdir(exist_ok=True)
+        self._merge(folder)
+        return folder
+
+    def _write_index(self) -> None:
         """Beside the files, which so are the shards of a checkpoint."""
-        weight_map = {name: path.name for path in self._paths for name in _read_header(path)[0]}
+        weight_map = {name: path.name for path in self._paths for name in read_header(path)}
         write_json(self.folder / INDEX, {"metadata": {"total_size": self.total_bytes()}, "weight_map": weight_map})
 
-    def merge(self, folder: Path) -> None:
+    def _merge(self, folder: Path) -> None:
         """All weights as one file in another folder."""
-        headers = [_read_header(path) for path in self._paths]
-        entries = {name: entry for header, _ in headers for name, entry in header.items()}
+        headers = [read_header(path) for path in self._paths]
+        shapes = {name: entry.shape for header in headers for name, entry in header.items()}
 
         def write(file: BinaryIO) -> None:
-            file.write(_header(entries))
-            for path, (_, start) in zip(self._paths, headers, strict=True):
+            file.write(_header(shapes, self._dtype))
+            for path, header in zip(self._paths, headers, strict=True):
                 with path.open("rb") as part:
-                    part.seek(start)
+                    part.seek(min(entry.start for entry in header.values()))
                     shutil.copyfileobj(part, file, 1 << 22)
 
         write_atomically(folder / SINGLE, write)
 
 
-class Entry(NamedTuple):
-    """A tensor in a safetensors file; tensors follow each other without gaps."""
-
-    dtype: str
-    shape: Sequence[int]
-    size: int  # bytes
-
-
-def _header(entries: Mapping[str, Entry]) -> bytes:
-    """safetensors' length and header, padded so that the data is aligned."""
+def _header(shapes: Mapping[str, Sequence[int]], dtype: str) -> bytes:
+    """safetensors' length and header of tensors that follow each other in this order; padded, so that they align."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, entry in entries.items():
-        offsets = [position, position + entry.size]
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-        position += entry.size
+    position, itemsize = 0, getattr(torch, dtype).itemsize
+    for name, shape in shapes.items():
+        end = position + math.prod(shape) * itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text
-
-
-def _read_header(path: Path) -> tuple[dict[str, Entry], int]:
-    """Of a file that `write` wrote: its entries in order, and where the data begins."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    del header["__metadata__"]
-    entries = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        entries[name] = Entry(entry["dtype"], entry["shape"], end - start)
-    return entries, 8 + length

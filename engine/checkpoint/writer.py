@@ -21,7 +21,7 @@ from engine.checkpoint.checkpoint import Checkpoint
 from engine.checkpoint.generation import generation_config
 from engine.checkpoint.layout import Shape, check_tensors, layer_tensors, outer_tensors, stored_name
 from engine.checkpoint.mla_format import config_from_spec, format_config
-from engine.checkpoint.shards import ShardWriter, output_errors, sync, write_json
+from engine.checkpoint.shards import SINGLE_BYTES, ShardWriter, output_errors, sync, write_json
 from engine.errors import CheckpointError
 from engine.spec import LayerSpec, ModelSpec
 from engine.tokenizer import copy_tokenizer
@@ -42,7 +42,7 @@ class CheckpointWriter:
         *,
         overwrite: bool = False,
         work: Path | None = None,
-        single_bytes: int = 2 << 30,
+        single_bytes: int = SINGLE_BYTES,
     ) -> None:
         """`source` gives tokenizer, chat template and generation defaults. Weights are cast to spec.dtype.
 
@@ -94,17 +94,19 @@ class CheckpointWriter:
             self._layers[index] = spec
         self._add(tensors, layer_tensors(self._layers[index], self._spec.hidden_size), index)
 
-    def read_layer(self, index: int, spec: LayerSpec) -> dict[str, Tensor]:
-        """The tensors of a layer that `has` been written, as given to `add_layer`, in spec.dtype.
+    def read_layer(self, index: int, spec: LayerSpec, prefix: str = "") -> dict[str, Tensor]:
+        """Those tensors of a layer that `has` been written whose names begin with `prefix`, in spec.dtype.
 
-        Raises CheckpointError where they are not those of `spec`.
+        `spec`: as given to `add_layer`. Raises CheckpointError where the tensors are not its.
         """
         self._layers[index] = spec
-        with output_errors(self._out):
-            stored = self._shards.read(_part(index))
         expected = layer_tensors(spec, self._spec.hidden_size)
-        check_tensors(f"{self._work}: layer {index}", {stored_name(n, index): s for n, s in expected.items()}, stored)
-        return {name: stored[stored_name(name, index)] for name in expected}
+        wanted = {name: shape for name, shape in expected.items() if name.startswith(prefix)}
+        with output_errors(self._out):
+            stored = self._shards.read(_part(index), [stored_name(name, index) for name in wanted])
+        tensors = {name: stored[stored_name(name, index)] for name in wanted}
+        check_tensors(f"{self._work}: layer {index}", wanted, tensors)
+        return tensors
 
     def finish(self, conversion: Mapping[str, Any]) -> None:
         """Write what remains, `conversion` as conversion.json, and put the folder in its place."""
@@ -113,21 +115,11 @@ class CheckpointWriter:
                 raise CheckpointError(f"{self._out}: not written yet: {_named(index)}")
         config = format_config(config_from_spec(replace(self._spec, layers=tuple(self._layers))))
         with output_errors(self._out):
-            folder = self._gather()
+            folder = self._shards.gather(self._work, self._single_bytes)
             (folder / "config.json").write_text(config)
             write_json(folder / "conversion.json", conversion)
             copy_side_files(self._source, folder)
             place(folder, self._out, self._work)
-
-    def _gather(self) -> Path:
-        """-> the folder with the weights as they are handed out; that of the shards, or one with a single file."""
-        if self._shards.total_bytes() > self._single_bytes:
-            self._shards.write_index()
-            return self._shards.folder
-        folder = self._work / "single"
-        folder.mkdir(exist_ok=True)
-        self._shards.merge(folder)
-        return folder
 
     def _add(self, tensors: Mapping[str, Tensor], expected: dict[str, Shape], index: int | None) -> None:
         where = f"{self._out}: {_named(index)}"

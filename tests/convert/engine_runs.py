@@ -22,9 +22,9 @@ TIE = 1e-4  # two logits this close may come out in either order
 
 
 @torch.inference_mode()
-def prefill_logits(folder: Path, token_ids: list[int]) -> Tensor:
-    """[T, vocab] in fp32, all tokens in one step: the expanded path."""
-    model = load_model(folder, "cpu", "float32")
+def prefill_logits(folder: Path, token_ids: list[int], dtype: str = "float32") -> Tensor:
+    """[T, vocab], all tokens in one step: the expanded path."""
+    model = load_model(folder, "cpu", dtype)
     batch = Batch.dense(1, len(token_ids), 16)
     hidden = model.forward(torch.tensor(token_ids), batch, model.new_cache(-(-len(token_ids) // 16), 16))
     return model.logits(hidden)
