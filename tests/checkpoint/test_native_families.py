@@ -275,5 +275,5 @@ class TestFp8:
         config = json.loads((folder / "config.json").read_text())
         del config["quantization_config"]
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(CheckpointError, match="F8_E4M3"):
+        with pytest.raises(CheckpointError, match="float8_e4m3fn"):
             open_checkpoint(folder)
