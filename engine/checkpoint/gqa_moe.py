@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -15,7 +16,7 @@ from msgspec import Meta
 
 from engine.checkpoint.json_file import Size, typed
 from engine.checkpoint.layout import check_spec
-from engine.checkpoint.llama import read_mistral, read_qwen2, read_qwen3
+from engine.checkpoint.llama import LlamaConfig, read_mistral, read_qwen2, read_qwen3
 from engine.errors import CheckpointError
 from engine.spec import ModelSpec, MoESpec
 
@@ -52,11 +53,21 @@ def read_mixtral(raw: dict[str, Any], dtype: str) -> ModelSpec:
 
 
 def read_qwen2_moe(raw: dict[str, Any], dtype: str) -> ModelSpec:
-    return _read_qwen(raw, dtype, read_qwen2)
+    """Qwen2's attention, but that every other one of the layers before max_window_layers has the window."""
+
+    def slides(layer: int, config: LlamaConfig) -> bool:
+        return layer % 2 == 0 and layer < config.max_window_layers
+
+    return _read_qwen(raw, dtype, partial(read_qwen2, slides=slides))
 
 
 def read_qwen3_moe(raw: dict[str, Any], dtype: str) -> ModelSpec:
-    return _read_qwen(raw, dtype, read_qwen3)
+    """Qwen3's attention, but that all layers have the window, and head_dim, where it is absent, is as Llama's."""
+    raw = {"head_dim": None, **raw}
+    count = raw.pop("num_local_experts", None)  # what newer versions of `transformers` write for num_experts
+    if count is not None and raw.setdefault("num_experts", count) != count:
+        raise CheckpointError(f"num_local_experts {count!r:.40} contradicts num_experts")
+    return _read_qwen(raw, dtype, partial(read_qwen3, slides=lambda _layer, _config: True))
 
 
 def _read_qwen(raw: dict[str, Any], dtype: str, read_dense: Callable[[dict[str, Any], str], ModelSpec]) -> ModelSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -49,6 +49,9 @@ class LlamaConfig(msgspec.Struct, kw_only=True):
     partial_rotary_factor: float | None = None
 
 
+Slides = Callable[[int, LlamaConfig], bool]  # whether a layer, by its number, has the window that the model has
+
+
 @dataclass(frozen=True)
 class Biases:
     qkv: bool
@@ -79,17 +82,22 @@ def read_mistral(raw: dict[str, Any], dtype: str) -> ModelSpec:
     return _model(config, raw, dtype, Biases(False, False, False), everywhere)
 
 
-def read_qwen2(raw: dict[str, Any], dtype: str) -> ModelSpec:
-    """Llama with biases on queries, keys and values, and a sliding window in some layers where use_sliding_window."""
+def upper_layers(layer: int, config: LlamaConfig) -> bool:
+    return layer >= config.max_window_layers
+
+
+def read_qwen2(raw: dict[str, Any], dtype: str, slides: Slides = upper_layers) -> ModelSpec:
+    """Llama with biases on queries, keys and values, and, where use_sliding_window, a window in those layers that
+    `layer_types` names, or `slides` where the key is not there."""
     config = typed_config(raw, LlamaConfig)
-    return _model(config, raw, dtype, Biases(True, False, False), qwen_sliding_layers(config))
+    return _model(config, raw, dtype, Biases(True, False, False), _qwen_sliding_layers(config, slides))
 
 
-def read_qwen3(raw: dict[str, Any], dtype: str) -> ModelSpec:
+def read_qwen3(raw: dict[str, Any], dtype: str, slides: Slides = upper_layers) -> ModelSpec:
     """Qwen2 without biases unless attention_bias, and with queries and keys normalised head by head."""
     config = typed_config({"head_dim": 128, **raw}, LlamaConfig)
     biases = Biases(config.attention_bias, config.attention_bias, False)
-    spec = _model(config, raw, dtype, biases, qwen_sliding_layers(config))
+    spec = _model(config, raw, dtype, biases, _qwen_sliding_layers(config, slides))
     return replace(spec, layers=tuple(map(normed, spec.layers, [config.rms_norm_eps] * len(spec.layers))))
 
 
@@ -119,12 +127,11 @@ def sliding_layers(config: LlamaConfig, default: list[bool]) -> list[bool]:
     return [kind == "sliding_attention" for kind in config.layer_types]
 
 
-def qwen_sliding_layers(config: LlamaConfig) -> list[bool]:
-    """Where use_sliding_window: those of `layer_types`, by default all from number max_window_layers on."""
+def _qwen_sliding_layers(config: LlamaConfig, slides: Slides) -> list[bool]:
     if not config.use_sliding_window:
         config.sliding_window = None
     has = config.sliding_window is not None
-    return sliding_layers(config, [has and i >= config.max_window_layers for i in range(config.num_hidden_layers)])
+    return sliding_layers(config, [has and slides(i, config) for i in range(config.num_hidden_layers)])
 
 
 def attention_specs(config: LlamaConfig, raw: dict[str, Any], biases: Biases, sliding: Sequence[bool]) -> list[GQASpec]:

@@ -42,8 +42,9 @@ BASES: dict[str, dict[str, Any]] = {
     "plm": LATENT,
     "mixtral": LATENT,
     "qwen2_moe": LATENT | QWEN,
+    "qwen3_moe": LATENT | QWEN | {"shared_expert_intermediate_size": 0},
 }
-for _name in ("mixtral", "qwen2_moe"):
+for _name in ("mixtral", "qwen2_moe", "qwen3_moe"):
     BASES[_name] = {key: value for key, value in BASES[_name].items() if "lora" not in key and "head_dim" not in key}
 
 
@@ -119,7 +120,9 @@ def test_a_folder_of_every_family(tmp_path: Path, family: str) -> None:
         ("plm", {"hidden_act": "silu"}, ("hidden_act", "silu", "relu2")),
         ("plm", {"mlp_bias": True}, ("mlp_bias",)),
         ("mixtral", {"num_local_experts": 0}, ("num_local_experts",)),
-        ("mixtral", {"sliding_window": 32}, ("sliding_window", "32")),
+        ("mixtral", {"sliding_window": 0}, ("sliding_window 0",)),
+        ("qwen3_moe", {"num_local_experts": 5}, ("num_local_experts 5", "num_experts")),
+        ("qwen3_moe", {"num_experts": ..., "num_local_experts": "4"}, ("num_experts", "int")),
         ("mixtral", {"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping",)),
         ("qwen2_moe", {"num_experts": ...}, ("num_experts",)),
         ("qwen2_moe", {"qkv_bias": False}, ("qkv_bias",)),

@@ -19,6 +19,7 @@ TOLERANCE = 1e-4
 SOURCES = {
     "mixtral": CONFIGS["mixtral", "as published, made small"],
     "qwen2_moe": CONFIGS["qwen2_moe", "some layers dense"],
+    "qwen3_moe": CONFIGS["qwen3_moe", "a window, biases, some layers dense"],
 }
 
 

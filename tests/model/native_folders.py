@@ -104,6 +104,9 @@ CONFIGS: dict[tuple[str, str], dict[str, Any]] = {
     ("mixtral", "as published, made small"): {
         "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": DEFAULT_ROPE,
     },
+    ("mixtral", "a window"): {
+        "num_key_value_heads": 2, "num_local_experts": 4, "sliding_window": 7, "rope_parameters": DEFAULT_ROPE,
+    },
     ("qwen2_moe", "as published, made small"): {
         "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
         "shared_expert_intermediate_size": 24,
@@ -111,6 +114,18 @@ CONFIGS: dict[tuple[str, str], dict[str, Any]] = {
     ("qwen2_moe", "some layers dense"): {
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True,
         "shared_expert_intermediate_size": 24, "mlp_only_layers": [0], "decoder_sparse_step": 2,
+    },
+    ("qwen2_moe", "windows"): {
+        "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 24, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2,
+    },
+    ("qwen3_moe", "as published, made small"): {
+        "num_key_value_heads": 2, "head_dim": 10, "num_experts": 6, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12, "norm_topk_prob": True,
+    },
+    ("qwen3_moe", "a window, biases, some layers dense"): {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "mlp_only_layers": [0],
+        "attention_bias": True, "use_sliding_window": True, "sliding_window": 9,
     },
 }  # fmt: skip
 SPARSE = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
@@ -132,7 +147,7 @@ class SquaredReLU(nn.Module):
 
 def make_native(folder: Path, family: str, settings: dict[str, Any], seed: int = 0) -> PreTrainedModel:
     """Saved in `folder`, every weight random, norms, biases and routing biases too -> the model, in fp32."""
-    latent = {} if family in ("mixtral", "qwen2_moe") else LATENT
+    latent = {} if family in ("mixtral", "qwen2_moe", "qwen3_moe") else LATENT
     kind = MADE_AS.get(family, family)
     merged = SIZES | latent | (EXPERTS if family in SPARSE else {}) | settings
     torch.manual_seed(seed)
