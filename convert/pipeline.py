@@ -91,8 +91,7 @@ def sweep(
     """Convert the whole model by every candidate, with statistics of `fit`; -> how each compares on `check`.
 
     `sink` gets the first candidate's layers, `trials` the attention of all. What `done` or `trials` has is not
-    converted again;
-    `sink` does not get it.
+    converted again; `sink` does not get it.
     """
     loaded, stored = precision.outer(source)
     fit_stream, check_stream = (Stream(w, loaded["embed_tokens.weight"], source.spec) for w in (fit, check))
