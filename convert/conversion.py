@@ -19,7 +19,7 @@ import torch
 from convert import calibration
 from convert.calibration import Calibration
 from convert.errors import ConversionError
-from convert.layer_store import LayerStore
+from convert.layer_store import LayerStore, TrialStore
 from convert.memory import peak_memory, weight_bytes
 from convert.partial import PartialWork, is_placed, partial_work, say
 from convert.pipeline import Precision, sweep
@@ -121,8 +121,10 @@ def _choice(
     if (kept := work.read("choice")) is not None:
         return settle(source, text.fit, [ways[kept["best"]]], precision)[0], kept["trials"]
     tried = settle(source, text.fit, ways, precision)
-    best, trials = _choose(source, text, tried, precision)
+    store = TrialStore(work, replace(source.spec, dtype=dtype_name(precision.stored)), len(tried))
+    best, trials = _choose(source, text, tried, precision, store)
     work.keep("choice", {"best": tried.index(best), "trials": trials})
+    store.discard()
     return best, trials
 
 
@@ -141,7 +143,7 @@ def _write(
         if not writer.has(None):
             writer.add_outer(source.outer())
         layers = LayerStore(work, writer, spec)
-        result = sweep(source, text.fit, text.check, [best], precision, layers.add, finished=layers.finished)[0]
+        result = sweep(source, text.fit, text.check, [best], precision, layers.add, done=layers)[0]
         spec = replace(spec, layers=layers.specs())
         quality = {**result.report(), "tokens": result.tokens, "attention_errors": layers.measured("attention_error")}
         writer.finish(
@@ -162,12 +164,13 @@ def _write(
 
 
 def _choose(
-    source: Checkpoint, text: Calibration, tried: list[Candidate], precision: Precision
+    source: Checkpoint, text: Calibration, tried: list[Candidate], precision: Precision, store: TrialStore
 ) -> tuple[Candidate, list[dict[str, Any]]]:
     """-> the candidate nearest to the source on the text kept for choosing, and what was found for each."""
     if len(tried) == 1:
         return tried[0], []
-    results = sweep(source, text.fit, text.select, tried, precision, description=f"choosing among {len(tried)}")
+    description = f"choosing among {len(tried)}"
+    results = sweep(source, text.fit, text.select, tried, precision, description=description, trials=store)
     trials = [
         {**c.options, "kl": r.kl, "perplexity": r.report()["perplexity"]} for c, r in zip(tried, results, strict=True)
     ]

@@ -5,17 +5,22 @@ Invariant: a layer whose tensors the writer has is finished, and its spec and re
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from convert.partial import PartialWork
+from convert.pipeline import StoredAttention
 from engine.checkpoint import CheckpointWriter
 from engine.checkpoint.mla_format import config_from_spec, spec_from_config
+from engine.checkpoint.shards import ShardWriter, output_errors
+from engine.errors import CheckpointError
 from engine.spec import LayerSpec, MLASpec, ModelSpec
 
 ATTENTION = "self_attn."
+TRIALS = "trials"
 
 
 class LayerStore:
@@ -30,17 +35,18 @@ class LayerStore:
     def add(self, layer: LayerSpec, tensors: dict[str, Tensor], measured: dict[str, Any]) -> None:
         """The first layer that is not finished. Raises OutputError, CheckpointError for tensors that are not finite."""
         index = next(i for i in self._layers if not self._writer.has(i))
-        config = config_from_spec(replace(self._spec, layers=(layer,)))
-        self._work.keep(_name(index), {"config": config, "measured": measured})
+        self._work.keep(_name(index), {"config": _config(self._spec, layer), "measured": measured})
         self._writer.add_layer(index, tensors, layer)
 
-    def finished(self, index: int) -> tuple[MLASpec, dict[str, Tensor]] | None:
-        """A layer's attention, if it was added, by this process or an earlier one."""
-        if not self._writer.has(index):
-            return None
-        spec = self._layer(index)
+    def has(self, _candidate: int, layer: int) -> bool:
+        """Whether it was added, by this process or an earlier one. There is one candidate."""
+        return self._writer.has(layer)
+
+    def read(self, _candidate: int, layer: int) -> StoredAttention:
+        """A layer's attention."""
+        spec = self._layer(layer)
         assert isinstance(spec.attention, MLASpec)  # nothing else is written
-        tensors = self._writer.read_layer(index, spec, ATTENTION)
+        tensors = self._writer.read_layer(layer, spec, ATTENTION)
         return spec.attention, {name.removeprefix(ATTENTION): t for name, t in tensors.items()}
 
     def specs(self) -> tuple[LayerSpec, ...]:
@@ -51,8 +57,57 @@ class LayerStore:
         return [self._work.read(_name(i))["measured"][key] for i in self._layers]
 
     def _layer(self, index: int) -> LayerSpec:
-        record: dict[str, Any] = self._work.read(_name(index))
-        return spec_from_config(record["config"], self._spec.dtype).layers[0]
+        return _from_config(self._work.read(_name(index))["config"])
+
+
+class TrialStore:
+    """The attention of every candidate's layers while one is chosen; `discard` when it is.
+
+    Invariant: an attention whose tensors are there is finished, and its spec is there.
+    """
+
+    def __init__(self, work: PartialWork, spec: ModelSpec, candidates: int) -> None:
+        """Raises OutputError."""
+        self._work = work
+        self._spec = spec
+        self._folder = work.folder / TRIALS
+        with output_errors(work.folder):
+            self._folder.mkdir(exist_ok=True)
+            self._records = PartialWork(self._folder)
+            self._shards = [ShardWriter(self._folder / str(i), len(spec.layers), spec.dtype) for i in range(candidates)]
+
+    def keep(self, candidate: int, layer: int, attention: StoredAttention) -> None:
+        """Raises OutputError, CheckpointError for tensors that are not finite."""
+        mla, tensors = attention
+        config = _config(self._spec, replace(self._spec.layers[layer], attention=mla))
+        self._records.keep(f"{candidate}-{_name(layer)}", {"config": config, "tensors": list(tensors)})
+        with output_errors(self._folder):
+            try:
+                self._shards[candidate].write(layer + 1, tensors)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self._folder}: layer {layer}: {error}") from None
+
+    def has(self, candidate: int, layer: int) -> bool:
+        return layer + 1 in self._shards[candidate].written
+
+    def read(self, candidate: int, layer: int) -> StoredAttention:
+        record = self._records.read(f"{candidate}-{_name(layer)}")
+        spec = _from_config(record["config"]).attention
+        assert isinstance(spec, MLASpec)  # nothing else is kept
+        with output_errors(self._folder):
+            return spec, self._shards[candidate].read(layer + 1, record["tensors"])
+
+    def discard(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _config(spec: ModelSpec, layer: LayerSpec) -> dict[str, Any]:
+    """config.json of a model of this layer alone, which says all about it."""
+    return config_from_spec(replace(spec, layers=(layer,)))
+
+
+def _from_config(config: dict[str, Any]) -> LayerSpec:
+    return spec_from_config(config, config["dtype"]).layers[0]
 
 
 def _name(index: int) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,21 @@ Windows = Sequence[Sequence[int]]
 # the source), and what was measured of it, for JSON: `attention_error`, the relative error of its attention's output on
 # the source's own inputs.
 LayerSink = Callable[[LayerSpec, dict[str, Tensor], dict[str, Any]], None]
-# The attention of a layer that was converted before, as it was stored, by its number; None: it was not.
-Finished = Callable[[int], tuple[MLASpec, dict[str, Tensor]] | None]
+StoredAttention = tuple[MLASpec, dict[str, Tensor]]
+
+
+class Finished(Protocol):
+    """Attention that was converted before, as it was stored, so that it need not be again."""
+
+    def has(self, candidate: int, layer: int) -> bool: ...
+
+    def read(self, candidate: int, layer: int) -> StoredAttention: ...
+
+
+class Trials(Finished, Protocol):
+    """Keeps every candidate's attention as it is made."""
+
+    def keep(self, candidate: int, layer: int, attention: StoredAttention) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -72,11 +85,13 @@ def sweep(
     precision: Precision,
     sink: LayerSink | None = None,
     description: str = "converting",
-    finished: Finished = lambda _: None,
+    done: Finished | None = None,
+    trials: Trials | None = None,
 ) -> list[Comparison]:
     """Convert the whole model by every candidate, with statistics of `fit`; -> how each compares on `check`.
 
-    `sink` gets the first candidate's layers, but for those that are `finished`, which are not converted again.
+    `sink` gets the first candidate's layers, `trials` the attention of all. What `done` or `trials` has is not
+    converted again; `sink` does not get it.
     """
     loaded, stored = precision.outer(source)
     fit_stream, check_stream = (Stream(w, loaded["embed_tokens.weight"], source.spec) for w in (fit, check))
@@ -93,17 +108,21 @@ def sweep(
         as_stored = layer
         if any(t.dtype != precision.stored for t in raw.values()):
             as_stored = Layer(spec, source.spec, precision.load(precision.store(raw)))
-        if (before := finished(index)) is not None:
-            own_streams[0].advance(_with_attention(as_stored, before[0], precision.load(before[1])))
-            fit_stream.advance(layer)
-            check_stream.advance(layer)
-            del raw, attention, rest, layer, as_stored, before
-            continue
-        methods = [candidate.layers[index] for candidate in candidates]
+        before = done or trials
+        methods = {
+            i: candidate.layers[index]
+            for i, candidate in enumerate(candidates)
+            if before is None or not before.has(i, index)
+        }
         view = linear_view(spec.attention, attention)
         learnt = {collect: collect(view.spec, view.tensors, view.inputs(fit_stream.windows(layer)))
-                  for collect in dict.fromkeys(method.collect for method in methods)}  # fmt: skip
-        for i, (method, stream) in enumerate(zip(methods, own_streams, strict=True)):
+                  for collect in dict.fromkeys(method.collect for method in methods.values())}  # fmt: skip
+        for i, stream in enumerate(own_streams):
+            if before is not None and i not in methods:
+                mla, made = before.read(i, index)
+                stream.advance(_with_attention(as_stored, mla, precision.load(made)))
+                continue
+            method = methods[i]
             mla, made = view.finish(*method.convert(view.spec, view.tensors, learnt[method.collect]))
             made = precision.laid_out(made)
             converted = _with_attention(as_stored, mla, precision.load(made))
@@ -111,10 +130,13 @@ def sweep(
                 error = relative_error(zip(check_stream.attended(layer), check_stream.attended(converted), strict=True))
                 measured = {"attention_error": error}
                 sink(converted.spec, rest | {f"self_attn.{name}": t for name, t in made.items()}, measured)
+            if trials is not None:
+                trials.keep(i, index, (mla, made))
             stream.advance(converted)
+            del converted
         fit_stream.advance(layer)
         check_stream.advance(layer)
-        del raw, attention, rest, layer, as_stored, learnt, made, converted  # before the next layer is read
+        del raw, attention, rest, view, layer, as_stored, learnt, made  # before the next layer is read
     loaded, stored = precision.outer(source)
     return [_compare(check_stream, own, loaded, stored, source.spec) for own in own_streams]
 

@@ -239,7 +239,7 @@ def test_a_failure_midway_leaves_the_earlier_output_and_what_is_finished(
     assert main(arguments) == 0
     before = contents(out)
 
-    def interrupted(*args: Any, finished: Any) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
         """After one layer is written."""
         sink = args[5]
 
@@ -247,7 +247,7 @@ def test_a_failure_midway_leaves_the_earlier_output_and_what_is_finished(
             sink(*layer)
             raise failure
 
-        sweep(*args[:5], once, finished=finished)
+        sweep(*args[:5], once, **kwargs)
 
     sweep = conversion.sweep
     monkeypatch.setattr(conversion, "sweep", interrupted)

@@ -15,6 +15,7 @@ import pytest
 
 from convert import conversion, plan
 from convert.cli import main
+from convert.layer_store import TrialStore
 from convert.partial import partial_folder, partial_work
 from tests.convert.sources import make_source, write_text
 
@@ -46,9 +47,12 @@ class Stop(BaseException):
 
 @contextmanager
 def stopping_after(layers: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Convert so many layers, then raise Stop; -> how often statistics were collected."""
+    """Convert so many layers, then raise Stop; 0: raise it once two candidates are tried on layer 1.
+
+    -> how often statistics were collected.
+    """
     collected: list[int] = []
-    collect, sweep = plan.collect_attention, conversion.sweep
+    collect, sweep, keep = plan.collect_attention, conversion.sweep, TrialStore.keep
 
     def counted(*args: Any) -> Any:
         collected.append(1)
@@ -67,20 +71,30 @@ def stopping_after(layers: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
 
         return sweep(*args[:5], stop, **kwargs)
 
+    def keep_or_stop(store: TrialStore, candidate: int, layer: int, attention: Any) -> None:
+        keep(store, candidate, layer, attention)
+        if not layers and (candidate, layer) == (1, 1):
+            raise Stop
+
     with monkeypatch.context() as patch:
         patch.setattr(plan, "collect_attention", counted)
         patch.setattr(conversion, "sweep", interrupted)
+        patch.setattr(TrialStore, "keep", keep_or_stop)
         yield collected
 
 
 @pytest.mark.parametrize("how", ["writes", "moments"])
-def test_killed_at_any_point(tmp_path: Path, arguments: list[str], expected: dict[str, bytes], how: str) -> None:
+def test_killed_at_any_point(tmp_path: Path, arguments: list[str], how: str) -> None:
     """SIGKILL before every single file that is written, and at random moments; an earlier output stands until the end.
 
-    Each attempt gets a little further than the one before.
+    Each attempt gets a little further than the one before. At random moments there are candidates to choose among.
     """
     out = tmp_path / "folder" / "out"
     assert main([*arguments, "--method", "exact", "--out", str(out)]) == 0
+    if how == "writes":
+        arguments = [*arguments, "--kv-lora-rank", "12", "--qk-rope-head-dim", "12"]
+    assert main([*arguments, "--out", str(tmp_path / "undisturbed")]) == 0
+    expected = contents(tmp_path / "undisturbed")
     command = [sys.executable, "-m", "tests.convert.killed_runs", how, "0", str(out), *arguments, "--overwrite"]
     found = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=True, timeout=120)
     result = json.loads(found.stdout)
@@ -103,9 +117,13 @@ def test_finished_layers_are_not_converted_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
+    with stopping_after(0, monkeypatch) as collected, pytest.raises(Stop):
+        main([*arguments, "--out", str(out)])
+    assert len(collected) == 2  # of the layers that all splits were tried on
     with stopping_after(2, monkeypatch) as collected, pytest.raises(Stop):
         main([*arguments, "--out", str(out)])
-    assert len(collected) == LAYERS + 2  # once to choose the split, then to convert
+    assert len(collected) == LAYERS - 1 + 2  # layers 1, for other candidates, and 2; then two to convert
+    assert not (partial_folder(out) / "trials").exists()
     assert f"the same command continues, from what is in {partial_folder(out)}" in capsys.readouterr().err
     with stopping_after(LAYERS, monkeypatch) as collected:
         assert main([*arguments, "--out", str(out)]) == 0
