@@ -137,7 +137,7 @@ def published_ranks(spectra_: list[Tensor], total: int, least: int, most: int) -
 @pytest.mark.parametrize("rank", [4, 8, 12])
 def test_adjusted_ranks_are_the_published_ones(rank: int) -> None:
     generator = torch.Generator().manual_seed(rank)
-    decay = [0.3, 0.9, 0.6, 0.8, 0.95]
+    decay = [0.72, 0.8, 0.75, 0.7, 0.78]  # near enough for every factor of the gain to matter
     layers = []
     for d in decay:
         noise = torch.rand(2, 12, generator=generator, dtype=torch.float64)
