@@ -19,8 +19,8 @@ from engine.checkpoint.llama import read_mistral, read_qwen2, read_qwen3
 from engine.errors import CheckpointError
 from engine.spec import ModelSpec, MoESpec
 
-# Training only.
-_HARMLESS = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
+# Training only; and what newer versions of `transformers` call num_experts.
+_NOT_DENSE = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "num_local_experts")
 
 
 class _Mixtral(msgspec.Struct, kw_only=True):
@@ -56,13 +56,15 @@ def read_qwen2_moe(raw: dict[str, Any], dtype: str) -> ModelSpec:
 
 
 def read_qwen3_moe(raw: dict[str, Any], dtype: str) -> ModelSpec:
-    return _read_qwen(raw, dtype, read_qwen3)
+    return _read_qwen({"head_dim": None, **raw}, dtype, read_qwen3)  # absent: hidden_size / num_attention_heads
 
 
 def _read_qwen(raw: dict[str, Any], dtype: str, read_dense: Callable[[dict[str, Any], str], ModelSpec]) -> ModelSpec:
-    own = _own(raw, _Qwen)
+    own = _own({"num_experts": raw.get("num_local_experts"), **raw}, _Qwen)
     if not own.qkv_bias:
         raise CheckpointError("qkv_bias false is not supported; supported: true")
+    if raw.get("use_sliding_window"):  # of which layers, `transformers` says otherwise than for the dense families
+        raise CheckpointError("use_sliding_window is not supported")
     mixture = MoESpec(
         num_experts=own.num_experts,
         experts_per_token=own.num_experts_per_tok,
@@ -96,7 +98,7 @@ def _own(raw: dict[str, Any], kind: type[msgspec.Struct]) -> Any:  # noqa: ANN40
 
 
 def _rest(raw: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
-    return {key: value for key, value in raw.items() if key not in (*kind.__struct_fields__, *_HARMLESS)}
+    return {key: value for key, value in raw.items() if key not in (*kind.__struct_fields__, *_NOT_DENSE)}
 
 
 def _with_mixture(dense: ModelSpec, mixture: MoESpec, is_sparse: Callable[[int], bool]) -> ModelSpec:

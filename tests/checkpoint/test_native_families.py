@@ -42,8 +42,9 @@ BASES: dict[str, dict[str, Any]] = {
     "plm": LATENT,
     "mixtral": LATENT,
     "qwen2_moe": LATENT | QWEN,
+    "qwen3_moe": LATENT | QWEN | {"shared_expert_intermediate_size": 0},
 }
-for _name in ("mixtral", "qwen2_moe"):
+for _name in ("mixtral", "qwen2_moe", "qwen3_moe"):
     BASES[_name] = {key: value for key, value in BASES[_name].items() if "lora" not in key and "head_dim" not in key}
 
 
@@ -101,7 +102,7 @@ def test_a_folder_of_every_family(tmp_path: Path, family: str) -> None:
         ("deepseek_v3", {"sliding_window": 32}, ("sliding_window", "32")),
         ("deepseek_v3", {"quantization_config": {"quant_method": "awq"}}, ("quantization_config", "awq", "fp8")),
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, ("quantization_config", "weight_block_size")),
-        ("deepseek_v3", {"rope_scaling": {"type": "dynamic"}}, ("rope_scaling", "dynamic", "yarn")),
+        ("deepseek_v3", {"rope_scaling": {"type": "su"}}, ("rope_scaling", "su", "yarn")),
         ("deepseek_v3", {"rope_scaling": YARN | {"mscale_all_dim": "1"}}, ("rope_scaling", "mscale_all_dim")),
         ("deepseek_v2", {"mla_use_nope": True}, ("mla_use_nope",)),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, ("mlp_layer_types", "1", "3")),
@@ -119,10 +120,11 @@ def test_a_folder_of_every_family(tmp_path: Path, family: str) -> None:
         ("plm", {"hidden_act": "silu"}, ("hidden_act", "silu", "relu2")),
         ("plm", {"mlp_bias": True}, ("mlp_bias",)),
         ("mixtral", {"num_local_experts": 0}, ("num_local_experts",)),
-        ("mixtral", {"sliding_window": 32}, ("sliding_window", "32")),
         ("mixtral", {"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping",)),
         ("qwen2_moe", {"num_experts": ...}, ("num_experts",)),
         ("qwen2_moe", {"qkv_bias": False}, ("qkv_bias",)),
+        ("qwen2_moe", {"use_sliding_window": True}, ("use_sliding_window",)),
+        ("qwen3_moe", {"use_sliding_window": True}, ("use_sliding_window",)),
         ("qwen2_moe", {"num_experts_per_tok": 5}, ("experts_per_token",)),
     ],
 )  # fmt: skip

@@ -104,6 +104,7 @@ CONFIGS: dict[tuple[str, str], dict[str, Any]] = {
     ("mixtral", "as published, made small"): {
         "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": DEFAULT_ROPE,
     },
+    ("mixtral", "a window"): {"sliding_window": 16, "num_local_experts": 3, "rope_parameters": DEFAULT_ROPE},
     ("qwen2_moe", "as published, made small"): {
         "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
         "shared_expert_intermediate_size": 24,
@@ -111,6 +112,13 @@ CONFIGS: dict[tuple[str, str], dict[str, Any]] = {
     ("qwen2_moe", "some layers dense"): {
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True,
         "shared_expert_intermediate_size": 24, "mlp_only_layers": [0], "decoder_sparse_step": 2,
+    },
+    ("qwen3_moe", "as published, made small"): {
+        "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12, "norm_topk_prob": True,
+    },
+    ("qwen3_moe", "weights as scored"): {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "attention_bias": True,
     },
 }  # fmt: skip
 SPARSE = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
@@ -132,7 +140,7 @@ class SquaredReLU(nn.Module):
 
 def make_native(folder: Path, family: str, settings: dict[str, Any], seed: int = 0) -> PreTrainedModel:
     """Saved in `folder`, every weight random, norms, biases and routing biases too -> the model, in fp32."""
-    latent = {} if family in ("mixtral", "qwen2_moe") else LATENT
+    latent = {} if family in ("mixtral", "qwen2_moe", "qwen3_moe") else LATENT
     kind = MADE_AS.get(family, family)
     merged = SIZES | latent | (EXPERTS if family in SPARSE else {}) | settings
     torch.manual_seed(seed)
