@@ -90,9 +90,9 @@ def test_older_spellings(config):
 @pytest.mark.parametrize(
     ("rope", "names"),
     [
-        ({"rope_type": "proportional"}, ("proportional", "dynamic, linear, llama3, yarn")),
+        ({"rope_type": "proportional"}, ("proportional", "dynamic, linear, llama3, longrope, yarn")),
         ({"rope_type": "dynamic"}, ("factor",)),
-        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, ("longrope", "supported")),
+        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, ("short_factor has 1", "8")),
         ({"rope_type": "made-up"}, ("made-up", "supported")),
         ({"type": "su", "factor": 2.0}, ("su", "supported")),
         ({"rope_type": 3}, ("rope_type", "3")),

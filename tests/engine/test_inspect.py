@@ -23,7 +23,8 @@ PUBLISHED: dict[str, tuple[float, float | None]] = {
     "DeepSeek-V2": (236, 21), "DeepSeek-V2-Lite": (15.7, 2.4), "DeepSeek-V3": (671, 36.6), "Kimi-K2": (1000, 32),
     "Moonlight-16B-A3B": (16, None), "GLM-4.7-Flash": (30, None), "Youtu-LLM-2B": (1.96, None),
     "MiniCPM3-4B": (4.07, None), "PLM-1.8B": (1.83, None), "Llama-2-7B": (6.74, None), "Llama-3-8B": (8.03, None),
-    "Qwen2.5-7B": (7.61, None), "Qwen3-8B": (8.2, None), "Mistral-7B-v0.3": (7.25, None), "Mixtral-8x7B": (46.7, 12.9),
+    "Qwen2.5-7B": (7.61, None), "Qwen3-8B": (8.2, None), "Qwen3-30B-A3B": (30.5, None),
+    "Mistral-7B-v0.3": (7.25, None), "Mixtral-8x7B": (46.7, 12.9),
 }  # fmt: skip
 
 
