@@ -12,7 +12,8 @@ from convert.errors import ConversionError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STYLES = (("-", "solid"), ("--", "dashed"), ("-.", "dash-dotted"), (":", "dotted"))  # of cache ratios, in order
+STYLES = ("-", "--", "-.", ":")  # of cache ratios, in order
+MARKERS = "os^vD"  # of methods
 SUFFIXES = (".png", ".svg", ".pdf")
 LEAST_KL = 1e-6  # of what a logarithmic axis shows; sums in fp32 are no better
 
@@ -48,24 +49,22 @@ def plot_comparison(report: Mapping[str, Any], path: Path) -> None:
             own = [row for row in rows if (row["method"], row["refine"]) == name]
             label = name[0] if name[1] == "none" else f"{name[0]}, refined ({name[1]})"
             size.plot([row["cache_bytes_per_token"] for row in own], [max(row["kl"], LEAST_KL) for row in own],
-                      marker="o", color=f"C{i}", label=label)  # fmt: skip
+                      marker=MARKERS[i % len(MARKERS)], color=f"C{i}", label=label)  # fmt: skip
             for row in own:
-                style = STYLES[ratios.index(row["cache_ratio"]) % len(STYLES)][0]
+                style = STYLES[ratios.index(row["cache_ratio"]) % len(STYLES)]
                 _draw_by_position(position, row, f"C{i}", style)
         full = rows[0]["reference_cache_bytes_per_token"]
         size.axvline(full, color="tab:gray", linewidth=1, label="the source's cache")
         size.set(title=report["model"], xlabel="cache bytes per token", ylabel="KL to the source, nats per token",
                  xscale="log", yscale="log")  # fmt: skip
-        size.set_xticks(ticks := sorted({row["cache_bytes_per_token"] for row in rows}), [f"{t:,}" for t in ticks])
+        ticks = [ratio * full for ratio in ratios]
+        size.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         size.minorticks_off()
         size.legend(fontsize=8)
-        position.set(
-            title="by position: "
-            + ", ".join(
-                f"{ratio:.1%} {style}"
-                for ratio, style in zip(ratios, ("solid", "dashed", "dash-dot", "dotted") * len(ratios), strict=False)
-            )
-        )
+        for i, ratio in enumerate(ratios):
+            position.plot([], [], STYLES[i % len(STYLES)], color="black", label=f"{ratio:.1%} of the cache")
+        position.set(title="by position")
+        position.legend(fontsize=8)
 
 
 def _draw_by_position(axis: Axes, row: Mapping[str, Any], colour: str, style: str) -> None:
