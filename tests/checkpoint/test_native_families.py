@@ -104,7 +104,7 @@ def test_a_folder_of_every_family(tmp_path: Path, family: str) -> None:
         ("deepseek_v3", {"sliding_window": 32}, ("sliding_window", "32")),
         ("deepseek_v3", {"quantization_config": {"quant_method": "awq"}}, ("quantization_config", "awq", "fp8")),
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, ("quantization_config", "weight_block_size")),
-        ("deepseek_v3", {"rope_scaling": {"type": "dynamic"}}, ("rope_scaling", "dynamic", "yarn")),
+        ("deepseek_v3", {"rope_scaling": {"type": "su"}}, ("rope_scaling", "su", "yarn")),
         ("deepseek_v3", {"rope_scaling": YARN | {"mscale_all_dim": "1"}}, ("rope_scaling", "mscale_all_dim")),
         ("deepseek_v2", {"mla_use_nope": True}, ("mla_use_nope",)),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, ("mlp_layer_types", "1", "3")),
