@@ -280,7 +280,7 @@ def _write(source: Checkpoint, out: Path, work: Path, eps: float) -> dict[str, A
     shards.write(0, {stored_name(name): t for name, t in source.outer().items()})
     for i, layer in enumerate(spec.layers):
         assert isinstance(layer.attention, MLASpec)  # checked by export_model
-        tensors = source.layer(i)
+        tensors = dict(source.layer(i))
         inner = {n.removeprefix("self_attn."): t for n, t in tensors.items() if n.startswith("self_attn.")}
         made = {n: t for n, t in tensors.items() if not n.startswith("self_attn.")}
         made |= {f"self_attn.{n}": t for n, t in attention(layer.attention, inner, s, eps).items()}

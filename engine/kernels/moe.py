@@ -135,6 +135,7 @@ def moe_triton(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, dow
         return torch.zeros_like(x)
     inner = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
     order, bounds = sort_by_expert(experts, num_experts)
+    weights = weights.contiguous()
     tile = _tile(pairs, num_experts, x.element_size())
     row_tiles = -(-pairs // tile.rows) + min(num_experts, pairs)
     for source, weight, out, gated in ((x, gate_up, inner, True), (inner, down, partial, False)):

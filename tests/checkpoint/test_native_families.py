@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.checkpoint import FAMILIES
@@ -17,6 +18,7 @@ from engine.checkpoint.layout import expected_tensors
 from engine.errors import CheckpointError
 from engine.spec import GatedMLPSpec, MLASpec, ModelSpec, MoESpec, PlainMLPSpec
 from tests.checkpoint.folders import random_tensors
+from tests.model.native_folders import MADE_AS
 
 LATENT: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -142,6 +144,14 @@ def test_keys_that_change_nothing_are_accepted() -> None:
         "ep_size": 1, "head_dim": 4, "num_nextn_predict_layers": 1, "seq_aux": True, "_name_or_path": "x",
     }  # fmt: skip
     assert read("deepseek_v3", **harmless) == read("deepseek_v3")
+
+
+@pytest.mark.parametrize("family", [family for family in BASES if family not in MADE_AS])
+def test_every_key_transformers_writes_is_accepted(family: str) -> None:
+    """Its whole configuration, defaults included."""
+    settings = {"num_key_value_heads": 2, **BASES[family]}
+    written = json.loads(CONFIG_MAPPING[family](**settings).to_json_string(use_diff=False))
+    assert FAMILIES[family].read(written | {"dtype": "bfloat16"}, "bfloat16").hidden_size == 16
 
 
 def test_which_layers_are_mixtures() -> None:
