@@ -98,8 +98,11 @@ def _obstacle(layer: LayerSpec) -> str | None:
         return "has biases in its MLP"
     if layer.post_norms:
         return "normalises what attention and MLP add"
+    normed = attention.qk_norm_eps if isinstance(attention, GQASpec) else attention.head_norm
+    if normed is not None:
+        return "normalises queries and keys"
     if isinstance(attention, GQASpec):
-        return "normalises queries and keys" if attention.qk_norm_eps is not None else None
+        return None
     if not attention.rope_width:
         return "has no rotated key"
     if attention.q_lora_rank is not None:
