@@ -41,6 +41,7 @@ from engine.spec import GatedMLPSpec, GQASpec, LayerSpec, MLASpec, ModelSpec
 FORMATS = ("deepseek_v3",)
 LATENT_EPS = 1e-6  # of transformers' class, whatever rms_norm_eps says
 SHIFT = 40  # bf16 and fp32 both have the exponents for it; even latents of 10^6 are then 10^-6 beside the epsilon
+THETA = 10000.0  # where it says nothing
 ALIGN = 64  # channels of the low-rank query projection are a multiple of this
 
 
@@ -98,8 +99,11 @@ def _obstacle(layer: LayerSpec) -> str | None:
         return "has biases in its MLP"
     if layer.post_norms:
         return "normalises what attention and MLP add"
+    normed = attention.qk_norm_eps if isinstance(attention, GQASpec) else attention.head_norm
+    if normed is not None:
+        return "normalises queries and keys"
     if isinstance(attention, GQASpec):
-        return "normalises queries and keys" if attention.qk_norm_eps is not None else None
+        return None
     if not attention.rope_width:
         return "has no rotated key"
     if attention.q_lora_rank is not None:
@@ -163,13 +167,13 @@ def config(source: Checkpoint, s: Shapes) -> dict[str, Any]:
 def rope_config(frequencies: Sequence[float], context: int) -> dict[str, Any]:
     """A theta where these are its frequencies, else LongRoPE, whose factors can say any."""
     count = len(frequencies)
-    theta = frequencies[-1] ** (-count / (count - 1)) if count > 1 else 10000.0
+    theta = frequencies[-1] ** (-count / (count - 1)) if count > 1 else THETA
     if all(math.isclose(f, theta ** (-i / count), rel_tol=1e-6) for i, f in enumerate(frequencies)):
         return {"rope_theta": theta, "rope_scaling": None}
-    factors = [1 / f for f in frequencies]
+    factors = [THETA ** (-i / count) / f for i, f in enumerate(frequencies)]
     scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "factor": 1.0,
                "attention_factor": 1.0, "original_max_position_embeddings": context}  # fmt: skip
-    return {"rope_theta": 1.0, "rope_scaling": scaling}
+    return {"rope_theta": THETA, "rope_scaling": scaling}
 
 
 def attention(spec: MLASpec, tensors: Mapping[str, Tensor], s: Shapes, eps: float) -> dict[str, Tensor]:

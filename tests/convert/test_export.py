@@ -15,7 +15,7 @@ from convert.cli import main
 from convert.errors import ConversionError
 from convert.export import check_exportable, rope_config
 from engine.checkpoint import open_checkpoint
-from engine.spec import GatedMLPSpec, ModelSpec, MoESpec
+from engine.spec import GatedMLPSpec, HeadNormSpec, MLASpec, ModelSpec, MoESpec, RopeSpec
 from tests.convert.engine_runs import TOLERANCE, prefill_logits
 from tests.convert.sources import make_source, write_text
 
@@ -61,6 +61,8 @@ def test_logits_of_transformers(tmp_path: Path, config: dict[str, Any], options:
     expected = prefill_logits(out, IDS[0].tolist())
     assert expected.std() > 0.1
     torch.testing.assert_close(stock_logits(exported, torch.float32), expected, rtol=0, atol=TOLERANCE)
+    # And by the reader of DeepSeek-V3 here, which knows nothing of where it came from.
+    torch.testing.assert_close(prefill_logits(exported, IDS[0].tolist()), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_bfloat16(tmp_path: Path) -> None:
@@ -111,6 +113,23 @@ def test_refused_before_any_work(
     check_exportable(spec)
     with pytest.raises(ConversionError, match=reason):
         check_exportable(replace(spec, layers=(first, second), **model))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_norm": HeadNormSpec(2, 12, 1e-6)}, "normalises queries and keys"),
+        ({"q_lora_rank": 16, "q_norm_eps": 1e-6}, "has a low-rank query projection already"),
+        ({"latent_norm_eps": 1e-6}, "normalises its latent already"),
+        ({"qk_rope_head_dim": 0, "rope": RopeSpec(())}, "has no rotated key"),
+    ],
+)
+def test_latent_attention_that_is_refused(spec: ModelSpec, change: dict[str, Any], reason: str) -> None:
+    latent = MLASpec(4, 8, 12, 4, 12, 0.3, RopeSpec((1.0, 0.1), "interleaved"))
+    check_exportable(replace(spec, layers=tuple(replace(layer, attention=latent) for layer in spec.layers)))
+    changed = replace(spec.layers[1], attention=replace(latent, **change))
+    with pytest.raises(ConversionError, match=reason):
+        check_exportable(replace(spec, layers=(spec.layers[0], changed)))
 
 
 def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
