@@ -28,7 +28,7 @@ from engine.model.mla import MLAttention
 from engine.model.transformer import Layer, finish_logits, norm_weight
 from engine.spec import GQASpec, LayerSpec, MLASpec, ModelSpec
 
-HEAD_ROWS = 8192  # of the output head, widened at a time
+HEAD_ROWS = 4096  # of the output head, widened at a time
 
 Windows = Sequence[Sequence[int]]
 # Takes each converted layer as it is made, in order: its spec, its tensors (the attention's as stored, the rest as in

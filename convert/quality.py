@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convert.errors import ConversionError
 
-LOGIT_ELEMENTS = 1 << 23  # logits of one model held at a time: 32 MiB in fp32, however large the vocabulary
+LOGIT_ELEMENTS = 1 << 22  # logits of one model held at a time: 16 MiB in fp32, however large the vocabulary
 
 Logits = Callable[[Tensor], Tensor]  # final normed hidden states [n, hidden] -> logits [n, vocab]
 
