@@ -42,15 +42,24 @@ class AttentionStatistics:
     rotation: Tensor  # complex128 [H, f]: mean of exp(i theta_f (t - s)), by w |q_t|^2 of the pair at f
 
 
-def collect_attention(spec: GQASpec, tensors: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> AttentionStatistics:
+def collect_attention(
+    spec: GQASpec,
+    tensors: Mapping[str, Tensor],
+    inputs: Iterable[Tensor],
+    sample: list[tuple[Tensor, Tensor]] | None = None,
+    sample_tokens: int = 0,
+) -> AttentionStatistics:
     """`tensors`: the attention's (`q_proj.weight`, ...); `inputs`: what it sees, normed, [windows, length, hidden].
 
+    `sample` takes about the first `sample_tokens` of the inputs, each part with what attention puts out for it.
     Raises ConversionError where the layer computes what is not finite.
     """
     sums = _Sums(spec, tensors)
     for windows in inputs:
-        for window in windows:
-            sums.add(window)
+        outputs = [sums.add(window) for window in windows]
+        wanted = (sample_tokens - sums.tokens + windows[..., 0].numel()) // windows.shape[1]  # windows of this part
+        if sample is not None and wanted > 0:
+            sample.append((windows[:wanted], torch.stack(outputs[:wanted])))
     return sums.statistics()
 
 
@@ -67,7 +76,8 @@ class _Sums:
         self.spec = spec
         self.weight = torch.cat([tensors[f"{n}_proj.weight"] for n in "qkv"])  # [(H + 2 g) D, hidden]
         self.bias = torch.cat([tensors[f"{n}_proj.bias"] for n in "qkv"]) if spec.qkv_bias else None
-        out = tensors["o_proj.weight"].unflatten(1, (heads, dim)).transpose(0, 1)  # [H, hidden, D]
+        self.o_weight, self.o_bias = tensors["o_proj.weight"], tensors.get("o_proj.bias")
+        out = self.o_weight.unflatten(1, (heads, dim)).transpose(0, 1)  # [H, hidden, D]
         self.metric = out.mT @ out  # [H, D, D]: |W_o[h] v|^2 = v^T metric v
         self.group_of_head = torch.arange(heads, device=out.device) * spec.num_kv_heads // heads
         self.inv_freq = torch.tensor([spec.rope.inv_freq], dtype=torch.float64, device=out.device)
@@ -83,8 +93,8 @@ class _Sums:
         self.energy = zeros(heads, dim // 2)
         self.turned = torch.complex(self.energy, self.energy)
 
-    def add(self, x: Tensor) -> None:
-        """One window [T, hidden], from position 0."""
+    def add(self, x: Tensor) -> Tensor:
+        """One window [T, hidden], from position 0 -> what attention puts out, alike."""
         heads, groups, length = self.spec.num_heads, self.spec.num_kv_heads, len(x)
         qkv = F.linear(x, self.weight, self.bias)
         q, kv = qkv.split((heads * self.spec.head_dim, self.spec.cache_width), 1)
@@ -93,19 +103,24 @@ class _Sums:
         turn = torch.view_as_complex(rope_table(torch.arange(length, device=x.device), self.inv_freq)[:, 0])
         turn = turn.to(x.dtype.to_complex())  # [T, f]
         weight_of_key = torch.zeros(length, dtype=torch.float64, device=x.device)
+        outputs = []
         step = max(1, BLOCK_ELEMENTS // (heads * length))
         for start in range(0, length, step):
             rows = slice(start, min(start + step, length))
-            w = self._add_queries(rows, q[:, rows], k, v, kv, turn)
+            w, out = self._add_queries(rows, q[:, rows], k, v, kv, turn)
+            outputs.append(out)
             weight_of_key += w.sum((0, 1), dtype=torch.float64)
         self.tokens += length
         wide = kv.double()
         self.sensitivity += weight_of_key.sum()
         self.kv_first += weight_of_key @ wide
         self.kv_second += (wide * weight_of_key[:, None]).T @ wide
+        return F.linear(torch.cat(outputs, 1).transpose(0, 1).flatten(1), self.o_weight, self.o_bias)
 
-    def _add_queries(self, rows: slice, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, turn: Tensor) -> Tensor:
-        """-> the sensitivities [H, R, T] of queries q [H, R, D] at positions `rows` to k, v [H, T, D]."""
+    def _add_queries(
+        self, rows: slice, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, turn: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """-> the sensitivities [H, R, T] of queries q [H, R, D] at positions `rows` to k, v [H, T, D]; o [H, R, D]."""
         layout, scale = self.spec.rope.layout, self.spec.softmax_scale * self.spec.rope.scale**2
         qc, kc = pairs(q, layout), pairs(k, layout)
         scores = _real(qc * turn[rows]) @ _real(kc * turn).mT * scale
@@ -132,7 +147,7 @@ class _Sums:
         back = torch.complex(w @ turn.real, -(w @ turn.imag))  # sum_s w exp(-i theta_f s)
         self.turned += (back * turn[rows] * energy).sum(1, dtype=torch.complex128)
         self.energy += (w.sum(-1, keepdim=True) * energy).sum(1, dtype=torch.float64)
-        return w
+        return w, out
 
     def statistics(self) -> AttentionStatistics:
         tiny = torch.finfo(torch.float64).tiny

@@ -13,7 +13,7 @@ import torch
 
 from convert.compare import CACHE_RATIOS, CompareRequest, compare
 from convert.compare import METHODS as COMPARED
-from convert.conversion import CALIBRATION_TOKENS, ConversionRequest, convert
+from convert.conversion import CALIBRATION_TOKENS, REFINEMENTS, ConversionRequest, convert
 from convert.evaluate import DEFAULT_WINDOW, EvaluationRequest, evaluate
 from convert.export import FORMATS, LATENT_EPS, check_exportable, export_folder, export_model
 from convert.methods import mha2mla
@@ -75,6 +75,7 @@ def run_convert(arguments: Sequence[str]) -> None:
         calibration_tokens=args.calibration_tokens,
         dtype=args.dtype,
         device=args.device,
+        refine=args.refine,
         seed=args.seed,
         overwrite=args.overwrite,
     )
@@ -124,6 +125,7 @@ def run_compare(arguments: Sequence[str]) -> None:
             calibration_tokens=args.calibration_tokens,
             window=args.window,
             device=args.device,
+            refine=args.refine,
             seed=args.seed,
         )
     )
@@ -165,6 +167,8 @@ def convert_parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; it appears only once it is complete")
     add("--method", choices=METHODS, default=DEFAULT_METHOD, help="see below (default: %(default)s)")
+    what = "; ".join(f"{name}: {text}" for name, text in REFINEMENTS.items())
+    add("--refine", choices=REFINEMENTS, default="layer", help=f"{what} (default: %(default)s; exact is never refined)")
     size = parser.add_argument_group("size of the cache (one of the two; more is better quality)")
     size.add_argument(
         "--cache-ratio", type=float, metavar="X",
@@ -291,6 +295,7 @@ def compare_parser() -> argparse.ArgumentParser:
         "--calibration-tokens", type=int, metavar="N", default=CALIBRATION_TOKENS,
         help="tokens to learn from; a quarter more are held out (default: %(default)s, or all there are)",
     )  # fmt: skip
+    add("--refine", choices=("none", "layer"), default="none", help="of every method's layers (default: %(default)s)")
     _add_window(parser)
     _add_common(parser)
     _add_plot(parser, "KL against cache size, and by position")

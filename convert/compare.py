@@ -8,8 +8,9 @@ measure, and one before them for methods that share out a budget; a pass carries
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from convert.calibration import Calibration
 from convert.conversion import CALIBRATION_TOKENS
 from convert.errors import ConversionError
 from convert.evaluate import EvaluationText, evaluation_text
-from convert.pipeline import Precision, Windows, sweep
+from convert.pipeline import Precision, Refinement, Windows, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
 from convert.quality import Comparison
+from convert.refine import RefineOptions
 from convert.survey import settle
 from convert.text import read_text
 from engine.checkpoint import Checkpoint, open_checkpoint
@@ -43,6 +45,7 @@ class CompareRequest:
     calibration_tokens: int = CALIBRATION_TOKENS
     window: int | None = None  # None: the context, at most evaluate.DEFAULT_WINDOW
     device: str | None = None
+    refine: str = "none"  # or "layer": what every method gives is refined before it is measured
     seed: int = 0
 
 
@@ -72,7 +75,11 @@ def compare(request: CompareRequest) -> dict[str, Any]:
         raise ConversionError("; ".join(dict.fromkeys(entry.error for entry in entries if entry.error is not None)))
     calibrated = _calibrate(request, source)
     chosen = _choose(source, calibrated, entries, precision)
-    measured = iter(_sweep(source, calibrated.fit, text.windows, [c for c in chosen if c], precision, "measuring"))
+    refinement = None
+    if request.refine != "none":
+        refinement = Refinement(calibrated.select, RefineOptions(seed=request.seed))
+    measuring = partial(sweep, description="measuring", refinement=refinement)
+    measured = iter(_sweep(source, calibrated.fit, text.windows, [c for c in chosen if c], precision, measuring))
     rows = [
         _row(request, source, entry, candidate, text, next(measured) if candidate else None, precision)
         for entry, candidate in zip(entries, chosen, strict=True)
@@ -103,7 +110,8 @@ def _choose(
     settled = settle(source, text.fit, [way for entry in entries for way in entry.ways], precision)
     several = [len(entry.ways) > 1 for entry in entries for _ in entry.ways]
     tried = [candidate for candidate, needed in zip(settled, several, strict=True) if needed]
-    found = iter(_sweep(source, text.fit, text.select, tried, precision, f"choosing among {len(tried)}"))
+    choosing = partial(sweep, description=f"choosing among {len(tried)}", fit_outputs=False)
+    found = iter(_sweep(source, text.fit, text.select, tried, precision, choosing))
     losses = [next(found).kl if needed else 0.0 for needed in several]
     chosen: list[Candidate | None] = []
     start = 0
@@ -114,13 +122,18 @@ def _choose(
 
 
 def _sweep(
-    source: Checkpoint, fit: Windows, check: Windows, tried: list[Candidate], precision: Precision, description: str
+    source: Checkpoint,
+    fit: Windows,
+    check: Windows,
+    tried: list[Candidate],
+    precision: Precision,
+    how: Callable[..., list[Comparison]],
 ) -> list[Comparison]:
-    """`sweep`, in groups whose activations fit GROUP_BYTES."""
+    """`sweep`, its options bound, in groups whose activations fit GROUP_BYTES."""
     each = sum(map(len, check)) * source.spec.hidden_size * precision.compute.itemsize
     size = max(1, GROUP_BYTES // each)
     groups = [tried[start : start + size] for start in range(0, len(tried), size)]
-    return [c for group in groups for c in sweep(source, fit, check, group, precision, description=description)]
+    return [c for group in groups for c in how(source, fit, check, group, precision)]
 
 
 def _row(
@@ -132,7 +145,7 @@ def _row(
     comparison: Comparison | None,
     precision: Precision,
 ) -> dict[str, Any]:
-    asked = {"method": entry.method, "cache_ratio": entry.ratio, "refine": "none"}
+    asked = {"method": entry.method, "cache_ratio": entry.ratio, "refine": request.refine}
     if candidate is None or comparison is None:
         return asked | {"error": entry.error}
     itemsize = precision.stored.itemsize

@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from convert import calibration
 from convert.calibration import Calibration
 from convert.errors import ConversionError
+from convert.joint import JointOptions, check_joint, refine_jointly
 from convert.layer_store import LayerStore, TrialStore
 from convert.memory import peak_memory, weight_bytes
+from convert.methods import LayerMethod, learn_nothing
 from convert.partial import PartialWork, is_placed, partial_work, say
-from convert.pipeline import Precision, sweep
+from convert.pipeline import Precision, Refinement, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
+from convert.refine import RefineOptions
 from convert.survey import settle
 from convert.text import read_text
 from engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
@@ -34,6 +38,11 @@ from engine.spec import LayerSpec, MLASpec, ModelSpec
 
 CALIBRATION_TOKENS = 32768  # 128 windows of 256, as TransMLA has it
 CALIBRATION = "calibration"  # what it is kept under; nothing before it is costly
+REFINEMENTS = {
+    "layer": "fit each converted layer to its source layer's output, one by one",
+    "joint": "then a few steps on all layers together, against the source's predictions (both models in memory)",
+    "none": "write what the method gives",
+}
 EXACT_TOKENS = 2048  # an exact conversion learns nothing from the text; it is measured all the same
 
 
@@ -46,6 +55,7 @@ class ConversionRequest:
     calibration_tokens: int | None = None
     dtype: str = "auto"  # of the weights written; "auto": the source's
     device: str | None = None
+    refine: str = "layer"  # one of REFINEMENTS; an exact conversion is never refined
     seed: int = 0
     overwrite: bool = False
 
@@ -59,6 +69,8 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
     """
     began = time.monotonic()
     source = open_checkpoint(request.source)
+    if request.refine == "joint":
+        check_joint(source.spec)
     ways = candidates(source.spec, request.method)
     precision = Precision(resolve_device(request.device), _stored_dtype(request.dtype, source))
     tokens = _calibration_tokens(request)
@@ -143,18 +155,35 @@ def _write(
         if not writer.has(None):
             writer.add_outer(source.outer())
         layers = LayerStore(work, writer, spec)
-        result = sweep(source, text.fit, text.check, [best], precision, layers.add, done=layers)[0]
+        refinement = _refinement(request, text)
+        record: dict[str, Any] = {}
+        if refinement is not None and request.refine == "joint":
+            best, record = _jointly(request, source, text, best, precision, refinement)
+            refinement = None  # has taken place
+        result = sweep(source, text.fit, text.check, [best], precision, layers.add, done=layers, refinement=refinement)[
+            0
+        ]
+        if refinement is not None:
+            record = {"refinement": layers.measured("refinement")}
         spec = replace(spec, layers=layers.specs())
         quality = {**result.report(), "tokens": result.tokens, "attention_errors": layers.measured("attention_error")}
         writer.finish(
             {
                 "source": source.path.resolve().name,
                 "method": request.method.method,
-                "options": {**asdict(request.method), **best.options, "dtype": spec.dtype, "seed": request.seed},
+                "options": {
+                    **asdict(request.method),
+                    **best.options,
+                    "dtype": spec.dtype,
+                    "seed": request.seed,
+                    "refine": request.refine if record else "none",
+                },
                 "trials": trials,
                 "calibration": text.record,
                 "warnings": _warnings(text, source),
                 "quality": quality,
+                "refinement": None,
+                **record,
                 "layers": [_sizes(layer) for layer in spec.layers],
                 "cache_bytes_per_token": _cache_bytes(spec),
                 "source_cache_bytes_per_token": _cache_bytes(source.spec),
@@ -170,11 +199,53 @@ def _choose(
     if len(tried) == 1:
         return tried[0], []
     description = f"choosing among {len(tried)}"
-    results = sweep(source, text.fit, text.select, tried, precision, description=description, trials=store)
+    results = sweep(source, text.fit, text.select, tried, precision, description=description, trials=store,
+                    fit_outputs=False)  # fmt: skip
     trials = [
         {**c.options, "kl": r.kl, "perplexity": r.report()["perplexity"]} for c, r in zip(tried, results, strict=True)
     ]
     return tried[min(range(len(tried)), key=lambda i: results[i].kl)], trials
+
+
+def _refinement(request: ConversionRequest, text: Calibration) -> Refinement | None:
+    """An exact conversion has nothing to gain."""
+    if request.refine == "none" or request.method.method == "exact":
+        return None
+    return Refinement(text.select, RefineOptions(seed=request.seed))
+
+
+def _jointly(
+    request: ConversionRequest,
+    source: Checkpoint,
+    text: Calibration,
+    best: Candidate,
+    precision: Precision,
+    refinement: Refinement,
+) -> tuple[Candidate, dict[str, Any]]:
+    """Refine layer by layer, then jointly; -> the candidate whose layers are the result, and the records of both.
+
+    Nothing is kept until it is done: an interrupted run does it again, to the same end.
+    """
+    layers: list[tuple[LayerSpec, dict[str, Tensor]]] = []
+    records: list[dict[str, Any]] = []
+
+    def stage(layer: LayerSpec, tensors: dict[str, Tensor], measured: dict[str, Any]) -> None:
+        layers.append((layer, tensors))
+        records.append(measured["refinement"])
+
+    sweep(source, text.fit, text.check, [best], precision, stage, "refining", refinement=refinement)
+    joint = JointOptions(seed=request.seed)
+    tuned, record = refine_jointly(source, layers, text.fit, text.select, precision, joint)
+    methods = []
+    for (layer, _), tensors in zip(layers, tuned, strict=True):
+        assert isinstance(layer.attention, MLASpec)  # a method makes nothing else
+        methods.append(_made(layer.attention, tensors))
+    return Candidate(best.options, tuple(methods), best.cached), {"refinement": records, "joint": record}
+
+
+def _made(spec: MLASpec, tensors: dict[str, Tensor]) -> LayerMethod[None]:
+    """A layer that is converted already, as a method."""
+    return LayerMethod(learn_nothing, lambda *_: (spec, tensors))
 
 
 def _calibration_tokens(request: ConversionRequest) -> int:

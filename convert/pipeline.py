@@ -19,8 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from convert.linear_view import linear_view
+from convert.methods import LayerMethod
+from convert.output_fit import fit_output
 from convert.plan import Candidate
 from convert.quality import Comparison, relative_error
+from convert.refine import Batch, RefineOptions, refine_layer
 from convert.stream import Stream
 from engine.checkpoint import Checkpoint
 from engine.kernels.norm import rms_norm
@@ -33,7 +36,7 @@ HEAD_ROWS = 4096  # of the output head, widened at a time
 Windows = Sequence[Sequence[int]]
 # Takes each converted layer as it is made, in order: its spec, its tensors (the attention's as stored, the rest as in
 # the source), and what was measured of it, for JSON: `attention_error`, the relative error of its attention's output on
-# the source's own inputs.
+# the source's own inputs, and `refinement`, refine_layer's record or None.
 LayerSink = Callable[[LayerSpec, dict[str, Tensor], dict[str, Any]], None]
 StoredAttention = tuple[MLASpec, dict[str, Tensor]]
 
@@ -77,6 +80,14 @@ class Precision:
         return {name: t.to(self.stored, copy=True, memory_format=contiguous) for name, t in tensors.items()}
 
 
+@dataclass(frozen=True)
+class Refinement:
+    """Every layer is refined (refine.py), its options chosen on windows that it was not fitted to."""
+
+    held_out: Windows
+    options: RefineOptions
+
+
 def sweep(
     source: Checkpoint,
     fit: Windows,
@@ -87,14 +98,21 @@ def sweep(
     description: str = "converting",
     done: Finished | None = None,
     trials: Trials | None = None,
+    refinement: Refinement | None = None,
+    fit_outputs: bool = True,
 ) -> list[Comparison]:
     """Convert the whole model by every candidate, with statistics of `fit`; -> how each compares on `check`.
 
     `sink` gets the first candidate's layers, `trials` the attention of all. What `done` or `trials` has is not
-    converted again; `sink` does not get it.
+    converted again; `sink` does not get it. With a `refinement` every candidate is refined. A choice among candidates
+    may go without `fit_outputs`, which take time.
     """
     loaded, stored = precision.outer(source)
-    fit_stream, check_stream = (Stream(w, loaded["embed_tokens.weight"], source.spec) for w in (fit, check))
+    texts = [fit, check] if refinement is None else [fit, check, refinement.held_out]
+    source_streams = [Stream(windows, loaded["embed_tokens.weight"], source.spec) for windows in texts]
+    fit_stream, check_stream = source_streams[:2]
+    fitting = fit_outputs and any(m.fits_output for candidate in candidates for m in candidate.layers)
+    finishing = [fit_stream, source_streams[2]] if refinement is not None else [fit_stream] if fitting else []
     own_streams = [Stream(check, stored["embed_tokens.weight"], source.spec) for _ in candidates]
     del loaded, stored
     for index, spec in enumerate(tqdm(source.spec.layers, description, unit="layer", disable=None)):
@@ -117,6 +135,7 @@ def sweep(
         view = linear_view(spec.attention, attention)
         learnt = {collect: collect(view.spec, view.tensors, view.inputs(fit_stream.windows(layer)))
                   for collect in dict.fromkeys(method.collect for method in methods.values())}  # fmt: skip
+        finish = _Finish(precision, refinement, [stream.examples(layer) for stream in finishing if methods])
         for i, stream in enumerate(own_streams):
             if before is not None and i not in methods:
                 mla, made = before.read(i, index)
@@ -124,21 +143,42 @@ def sweep(
                 continue
             method = methods[i]
             mla, made = view.finish(*method.convert(view.spec, view.tensors, learnt[method.collect]))
+            made, record = finish(method, mla, made)
             made = precision.laid_out(made)
             converted = _with_attention(as_stored, mla, precision.load(made))
             if i == 0 and sink is not None:
                 error = relative_error(zip(check_stream.attended(layer), check_stream.attended(converted), strict=True))
-                measured = {"attention_error": error}
+                measured = {"attention_error": error, "refinement": record}
                 sink(converted.spec, rest | {f"self_attn.{name}": t for name, t in made.items()}, measured)
             if trials is not None:
                 trials.keep(i, index, (mla, made))
             stream.advance(converted)
             del converted
-        fit_stream.advance(layer)
-        check_stream.advance(layer)
-        del raw, attention, rest, view, layer, as_stored, learnt, made  # before the next layer is read
+        for stream in source_streams:
+            stream.advance(layer)
+        del raw, attention, rest, view, layer, as_stored, learnt, made, finish  # before the next layer is read
     loaded, stored = precision.outer(source)
     return [_compare(check_stream, own, loaded, stored, source.spec) for own in own_streams]
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """What becomes of a layer after the method: its output projection fitted, or all of it refined, or nothing."""
+
+    precision: Precision
+    refinement: Refinement | None
+    examples: list[list[Batch]]  # of the source layer: to fit on, and held out; as far as they are needed
+
+    def __call__(
+        self, method: LayerMethod[Any], spec: MLASpec, made: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """-> the tensors, and refine_layer's record where there is one."""
+        if self.refinement is not None:
+            fit, held_out = self.examples
+            return refine_layer(spec, made, fit, held_out, self.precision.stored, self.refinement.options)
+        if self.examples and method.fits_output:
+            return fit_output(spec, self.precision.load(made), self.examples[0]), None
+        return made, None
 
 
 def _with_attention(layer: Layer, spec: MLASpec, tensors: dict[str, Tensor]) -> Layer:

@@ -9,7 +9,17 @@ from typing import Any
 
 from convert.attention_statistics import collect_attention
 from convert.errors import ConversionError
-from convert.methods import LayerMethod, LayerSurvey, care, exact, learn_nothing, mha2mla, score_aware, transmla
+from convert.methods import (
+    LayerMethod,
+    LayerSurvey,
+    care,
+    exact,
+    learn_nothing,
+    mha2mla,
+    score_aware,
+    shared_budget,
+    transmla,
+)
 from convert.sizes import head_splits, rope_splits, rope_splits_by_head
 from convert.statistics import collect
 from engine.spec import GQASpec, ModelSpec
@@ -58,7 +68,8 @@ class Allocation:
     Convert with `survey.settle`, which turns these into Candidates."""
 
     surveys: tuple[LayerSurvey[Any, Any], ...]
-    allocate: Callable[[Sequence[Any]], Candidate]  # of what the surveys found
+    # Of what the surveys found, and |output of the attention|^2 / |residual stream|^2, of every layer.
+    allocate: Callable[[Sequence[Any], Sequence[float]], Candidate]
 
 
 def gqa_layers(spec: ModelSpec) -> list[GQASpec]:
@@ -100,17 +111,36 @@ def _exact(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]
     return [Candidate({}, tuple(LayerMethod(learn_nothing, exact.convert_layer) for _ in layers), cached)]
 
 
-def _score_aware(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:
-    """One for each distinct split of the budget, or the one that was given."""
-    found = []
-    for sizes in _sizes(layers, request, rope_splits):
-        methods = []
-        for spec, (rank, rope) in zip(layers, sizes, strict=True):
-            options = score_aware.ScoreAwareOptions(rank, rope)
-            score_aware.check_options(spec, options)
-            methods.append(LayerMethod(collect_attention, partial(score_aware.convert_layer, options=options)))
-        found.append(Candidate(_named(sizes), tuple(methods), sizes))
+def _score_aware(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate | Allocation]:
+    """One for each distinct split of the budget, the same in all layers, and one that shares it out; or the given."""
+    found: list[Candidate | Allocation] = [
+        _score_aware_candidate(layers, sizes, "even") for sizes in _sizes(layers, request, rope_splits)
+    ]
+    ratio = _ratio(request)
+    if ratio is not None and len(layers) > 1 and ratio < 1:
+        found.append(_score_aware_allocation(layers, ratio))
     return found
+
+
+def _score_aware_candidate(layers: Sequence[GQASpec], sizes: Sizes, budgets: str) -> Candidate:
+    methods = []
+    for spec, (rank, rope) in zip(layers, sizes, strict=True):
+        options = score_aware.ScoreAwareOptions(rank, rope)
+        score_aware.check_options(spec, options)
+        convert = partial(score_aware.convert_layer, options=options)
+        methods.append(LayerMethod(collect_attention, convert, fits_output=True))
+    return Candidate(_named(sizes) | {"budgets": budgets}, tuple(methods), sizes)
+
+
+def _score_aware_allocation(layers: Sequence[GQASpec], ratio: float) -> Allocation:
+    def allocate(found: Sequence[shared_budget.LayerCost], weights: Sequence[float]) -> Candidate:
+        return _score_aware_candidate(layers, shared_budget.shared_sizes(layers, ratio, found, weights), "shared")
+
+    surveys = [
+        LayerSurvey(shared_budget.observe, partial(shared_budget.layer_cost, splits=rope_splits(spec, ratio)))
+        for spec in layers
+    ]
+    return Allocation(tuple(surveys), allocate)
 
 
 def _transmla(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:
@@ -195,7 +225,7 @@ def _care_candidate(sizes: Sizes, fold: int, basis: str, ranks: str) -> Candidat
 
 
 def _care_allocation(sizes: Sizes, fold: int, basis: str) -> Allocation:
-    def allocate(found: Sequence[care.Spectra]) -> Candidate:
+    def allocate(found: Sequence[care.Spectra], _weights: Sequence[float]) -> Candidate:
         ranks = care.adjusted_ranks(found, [rank for rank, _ in sizes])
         adjusted = tuple((rank, rope) for rank, (_, rope) in zip(ranks, sizes, strict=True))
         return _care_candidate(adjusted, fold, basis, "adjusted")

@@ -55,6 +55,8 @@ def conversion_summary(report: Mapping[str, Any], source: Path) -> str:
             ", ".join(filter(None, (report["method"], _options(report)))) + ", latent + rope per layer: "
             f"{_sizes(report)} ({ratio:.0%} of the cache)",
             *lines,
+            *_refined(report["refinement"]),
+            *_jointly(report.get("joint")),
             _worst_layers(quality["attention_errors"]),
             *(f"warning: {warning}" for warning in report["warnings"]),
             f"{report['seconds']:,.0f} s, at most {report['peak_memory_bytes'] / 2**30:.1f} GiB of host memory",
@@ -159,6 +161,20 @@ def export_summary(report: Mapping[str, Any]) -> str:
         lines.append("Its frequencies are written as LongRoPE factors. transformers reads them; an engine that takes "
                      "DeepSeek-V3 with YaRN only does not.")  # fmt: skip
     return "\n".join(lines)
+
+
+def _refined(records: Sequence[Mapping[str, float]] | None) -> list[str]:
+    """A line for all layers together: the relative errors of their outputs."""
+    if records is None:
+        return []
+    before, after = (sum(r[f"error_{when}"] for r in records) / len(records) for when in ("before", "after"))
+    return [f"{len(records)} layers refined: error of their attention {before:.3f} -> {after:.3f} on average"]
+
+
+def _jointly(record: Mapping[str, float] | None) -> list[str]:
+    if record is None:
+        return []
+    return [f"jointly refined: KL on held-out text {record['kl_before']:.4g} -> {record['kl_after']:.4g}"]
 
 
 def _options(report: Mapping[str, Any]) -> str:

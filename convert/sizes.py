@@ -10,7 +10,8 @@ import math
 from convert.errors import ConversionError
 from engine.spec import GQASpec
 
-ROPE_SHARES = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2)  # of the budget, where one rotated key serves all heads
+# Of the budget, where one rotated key serves all heads.
+ROPE_SHARES = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2, 9 / 16)
 ROPE_SHARES_BY_HEAD = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)  # where each KV head has its own
 
 
@@ -28,14 +29,14 @@ def split_budget(spec: GQASpec, cache_ratio: float) -> tuple[int, int]:
     rank = budget - rope
     if rank < 1:
         raise _no_room(spec, cache_ratio, rope + 1)
-    return _rounded(rank), rope
+    return rounded(rank), rope
 
 
 def head_splits(spec: GQASpec, cache_ratio: float) -> list[tuple[int, int]]:
     """`split_budget`, and half of its dr with what that leaves to the latent: two (r, dr), maybe the same."""
     first = split_budget(spec, cache_ratio)
     rope = first[1] // 2 if first[1] % 4 == 0 else first[1]
-    return [first, (_rounded(budget_of(spec, cache_ratio) - rope), rope)]
+    return [first, (rounded(budget_of(spec, cache_ratio) - rope), rope)]
 
 
 def rope_splits(spec: GQASpec, cache_ratio: float) -> list[tuple[int, int]]:
@@ -48,8 +49,8 @@ def rope_splits(spec: GQASpec, cache_ratio: float) -> list[tuple[int, int]]:
         raise _no_room(spec, cache_ratio, 3)
     splits = []
     for share in ROPE_SHARES:
-        rope = max(2, 2 * _rounded(int(share * budget) // 2))
-        splits.append((_rounded(budget - rope), rope))
+        rope = min(max(2, 2 * rounded(int(share * budget) // 2)), spec.num_kv_heads * spec.head_dim)
+        splits.append((rounded(budget - rope), rope))
     return splits
 
 
@@ -61,8 +62,8 @@ def rope_splits_by_head(spec: GQASpec, cache_ratio: float) -> list[tuple[int, in
     splits = []
     for share in ROPE_SHARES_BY_HEAD:
         room = min(spec.head_dim, (budget - 2) // groups) // 2  # pairs of a head
-        rope = 2 * min(max(1, _rounded(int(share * budget / groups) // 2)), room)
-        splits.append((_rounded(budget - groups * rope), rope))
+        rope = 2 * min(max(1, rounded(int(share * budget / groups) // 2)), room)
+        splits.append((rounded(budget - groups * rope), rope))
     return splits
 
 
@@ -72,7 +73,7 @@ def budget_of(spec: GQASpec, cache_ratio: float) -> int:
     return int(cache_ratio * spec.cache_width + 1e-6)
 
 
-def _rounded(number: int) -> int:
+def rounded(number: int) -> int:
     """Down to a multiple of 16, or of less where that would cost more than an eighth."""
     step = 16
     while step > 1 and number < 8 * step:

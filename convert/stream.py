@@ -20,6 +20,7 @@ from engine.spec import ModelSpec
 CHUNK_TOKENS = 4096
 CHUNK_NUMBERS = 1 << 25  # of a gated MLP's two projections: 128 MiB in fp32
 BLOCK_SIZE = 64
+BATCH_TOKENS = 1024  # of one step of a layer's refinement
 
 
 class Chunk:
@@ -86,6 +87,25 @@ class Stream:
         cache = self._cache(layer)
         for chunk, normed in zip(self.chunks, self.inputs(layer), strict=True):
             yield layer.attention(normed, chunk.batch, cache, _rotations(layer, chunk))
+
+    def weight(self, layer: Layer) -> float:
+        """How much of the residual stream the layer's attention is: |what it adds|^2 / |the stream with it|^2."""
+        added = whole = 0.0
+        for chunk, y in zip(self.chunks, self.attended(layer), strict=True):
+            if layer.post_attention_norm is not None:
+                y = rms_norm(y, layer.post_attention_norm, layer.eps)
+            y = y * layer.residual_scale
+            added += y.double().square().sum().item()
+            whole += (chunk.x + y).double().square().sum().item()
+        return added / whole if whole else 0.0
+
+    def examples(self, layer: Layer) -> list[tuple[Tensor, Tensor]]:
+        """`windows` beside `attended`, both [windows, length, hidden], in batches of about BATCH_TOKENS."""
+        batches: list[tuple[Tensor, Tensor]] = []
+        for chunk, x, y in zip(self.chunks, self.windows(layer), self.attended(layer), strict=True):
+            count = max(1, BATCH_TOKENS // chunk.length)
+            batches += zip(x.split(count), y.view_as(x).split(count), strict=True)
+        return batches
 
     def advance(self, layer: Layer) -> None:
         """Run the layer on every chunk."""

@@ -24,6 +24,7 @@ def settle(
 ) -> list[Candidate]:
     """The candidates in order; where there are allocations, after one pass of the source over `fit` for all of them."""
     found: dict[int, list[Any]] = {i: [] for i, way in enumerate(tried) if isinstance(way, Allocation)}
+    weights: list[float] = []
     if found:
         stream = Stream(fit, precision.outer(source)[0]["embed_tokens.weight"], source.spec)
         for index, spec in enumerate(tqdm(source.spec.layers, "surveying", unit="layer", disable=None)):
@@ -37,6 +38,7 @@ def settle(
                       for collect in dict.fromkeys(survey.collect for survey in surveys.values())}  # fmt: skip
             for i, survey in surveys.items():
                 found[i].append(survey.find(view.spec, view.tensors, learnt[survey.collect]))
+            weights.append(stream.weight(layer))
             stream.advance(layer)
             del tensors, attention, layer, learnt  # before the next layer is read
-    return [way.allocate(found[i]) if isinstance(way, Allocation) else way for i, way in enumerate(tried)]
+    return [way.allocate(found[i], weights) if isinstance(way, Allocation) else way for i, way in enumerate(tried)]

@@ -31,6 +31,7 @@ class LayerMethod(Generic[Learnt]):
     # Candidates that share it share its result.
     collect: Callable[[GQASpec, Mapping[str, Tensor], Iterable[Tensor]], Learnt]
     convert: Callable[[GQASpec, Mapping[str, Tensor], Learnt], ConvertedLayer]
+    fits_output: bool = False  # last of all, o_proj is fitted to the layer's outputs (convert/output_fit.py)
 
 
 @dataclass(frozen=True)

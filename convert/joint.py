@@ -1,0 +1,171 @@
+"""Joint refinement: a few steps on the attention weights of all layers together, against the source's predictions.
+
+The loss is the KL divergence from source to converted model on calibration text. All else of the model stays as it is.
+Both models are held whole, unlike anywhere else in a conversion, and gradients pass through all layers.
+
+Invariant: a pure function of its arguments, the seed included; and what it returns, rounded as it is stored, has on the
+held-out windows no larger KL than what it was given, rounded likewise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from convert.differentiable import mla_attention
+from convert.errors import ConversionError
+from convert.pipeline import Precision, Windows
+from convert.refine import BETAS, Tensors, relative_rates
+from convert.stream import BATCH_TOKENS, BLOCK_SIZE, Chunk, chunks
+from engine.checkpoint import Checkpoint
+from engine.model.load import load_model
+from engine.model.transformer import Transformer, embed, finish_logits, norm_weight
+from engine.spec import GatedMLPSpec, LayerSpec, MLASpec, ModelSpec
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+@dataclass(frozen=True)
+class JointOptions:
+    steps: int = 100
+    learning_rate: float = 0.01  # relative, as in refine.py
+    checks: int = 5
+    seed: int = 0
+
+
+def check_joint(spec: ModelSpec) -> None:
+    """Raises ConversionError where the model has layers that gradients do not pass through here."""
+    if not all(isinstance(mlp := layer.mlp, GatedMLPSpec) and mlp.activation in ACTIVATIONS for layer in spec.layers):
+        raise ConversionError(
+            "--refine joint: this model's feed-forward layers are of a kind it does not know; use --refine layer"
+        )
+
+
+def refine_jointly(
+    source: Checkpoint,
+    layers: Sequence[tuple[LayerSpec, Tensors]],
+    fit: Windows,
+    held_out: Windows,
+    precision: Precision,
+    options: JointOptions,
+) -> tuple[list[Tensors], dict[str, Any]]:
+    """layers: each converted layer's spec and all its tensors -> their attention tensors in the stored dtype, by layer,
+    and the record: KL on `held_out` before and after, and the steps that were kept."""
+    check_joint(source.spec)
+    with torch.inference_mode(False), torch.enable_grad():
+        student = _Student(source, layers, precision)
+        embedding = student.outer["embed_tokens.weight"]
+        batches, unseen = (
+            [_Example(c, student.teacher) for c in chunks(windows, embedding, source.spec, BATCH_TOKENS)]
+            for windows in (fit, held_out)
+        )
+        best, before, kept = student.copy(), student.measure(unseen), 0
+        lowest = before
+        rated = [pair for own in student.weights for pair in relative_rates(own, options.learning_rate)]
+        groups = [{"params": [t], "lr": rate} for t, rate in rated]
+        optimiser = torch.optim.Adam(groups, betas=BETAS)
+        generator = torch.Generator().manual_seed(options.seed)
+        order: list[int] = []
+        for step in tqdm(range(1, options.steps + 1), "refining jointly", unit="step", disable=None):
+            if not order:
+                order = torch.randperm(len(batches), generator=generator).tolist()
+            optimiser.zero_grad()
+            student.loss(batches[order.pop()], student.weights).backward()
+            for group, (_, rate) in zip(optimiser.param_groups, rated, strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / options.steps))
+            optimiser.step()
+            if step * options.checks // options.steps > (step - 1) * options.checks // options.steps:
+                kl = student.measure(unseen)
+                if kl < lowest:
+                    best, lowest, kept = student.copy(), kl, step
+    record = {"kl_before": before, "kl_after": lowest, "learning_rate": options.learning_rate, "steps": kept}
+    return [precision.store(tensors) for tensors in best], record
+
+
+class _Example:
+    """Windows of one length, and what the source predicts from: final hidden states [windows, length, hidden]."""
+
+    def __init__(self, chunk: Chunk, teacher: Transformer) -> None:
+        with torch.inference_mode():
+            cache = teacher.new_cache(chunk.num_blocks, BLOCK_SIZE)
+            hidden = teacher.forward(chunk.token_ids, chunk.batch, cache)
+        shape = chunk.num_windows, chunk.length
+        self.ids, self.hidden = chunk.token_ids.view(shape).clone(), hidden.view(*shape, -1).clone()
+
+
+class _Student:
+    """The converted model as a plain function of its attention weights, in fp32."""
+
+    def __init__(self, source: Checkpoint, layers: Sequence[tuple[LayerSpec, Tensors]], precision: Precision) -> None:
+        self.spec, self.precision = source.spec, precision
+        self.teacher = load_model(source, precision.device, "float32")
+        self.outer = _plain(precision.load(precision.store(source.outer())))
+        self.head = self.outer.get("lm_head.weight", self.outer["embed_tokens.weight"])
+        self.layers = [spec for spec, _ in layers]
+        self.rest: list[Tensors] = []
+        self.weights: list[Tensors] = []
+        for _, tensors in layers:
+            loaded = _plain(precision.load(precision.store(tensors)))
+            own = {n.removeprefix("self_attn."): t for n, t in loaded.items() if n.startswith("self_attn.")}
+            self.weights.append({name: t.requires_grad_() for name, t in own.items()})
+            self.rest.append({name: t for name, t in loaded.items() if not name.startswith("self_attn.")})
+
+    def copy(self) -> list[Tensors]:
+        return [{name: t.detach().clone() for name, t in tensors.items()} for tensors in self.weights]
+
+    def measure(self, examples: Sequence[_Example]) -> float:
+        """KL per token over the examples, with the weights rounded as they are stored."""
+        with torch.no_grad():
+            weights = [_plain(self.precision.load(self.precision.store(tensors))) for tensors in self.weights]
+            total = sum(self.loss(example, weights).item() * example.ids.numel() for example in examples)
+        return max(0.0, total / sum(example.ids.numel() for example in examples))
+
+    def loss(self, example: _Example, weights: Sequence[Tensors]) -> Tensor:
+        """KL(source || converted) in nats per token."""
+        with torch.no_grad():
+            p = self.teacher.logits(example.hidden.flatten(0, 1)).log_softmax(-1)
+        q = finish_logits(F.linear(self.hidden(example.ids, weights), self.head), self.spec).flatten(0, 1)
+        return (p.exp() * (p - q.log_softmax(-1))).sum(-1).mean()
+
+    def hidden(self, ids: Tensor, weights: Sequence[Tensors]) -> Tensor:
+        """ids int64 [windows, length] -> final normed hidden states [windows, length, hidden]."""
+        x = embed(ids, self.outer["embed_tokens.weight"], self.spec)
+        for layer, rest, own in zip(self.layers, self.rest, weights, strict=True):
+            assert isinstance(layer.attention, MLASpec)  # they are converted
+            post = ("post_attention", "post_feedforward") if layer.post_norms else (None, None)
+            attended = mla_attention(layer.attention, own, self.norm(x, rest, "input"))
+            x = x + self.added(attended, rest, post[0])
+            before = "pre_feedforward" if layer.post_norms else "post_attention"
+            x = x + self.added(_mlp(layer, rest, self.norm(x, rest, before)), rest, post[1])
+        return self.norm(x, {"norm_layernorm.weight": self.outer["norm.weight"]}, "norm")
+
+    def added(self, y: Tensor, tensors: Tensors, post_norm: str | None) -> Tensor:
+        return (y if post_norm is None else self.norm(y, tensors, post_norm)) * self.spec.residual_scale
+
+    def norm(self, x: Tensor, tensors: Tensors, name: str) -> Tensor:
+        weight = norm_weight(tensors[f"{name}_layernorm.weight"], self.spec)
+        return F.rms_norm(x, x.shape[-1:], weight, self.spec.norm_eps)
+
+
+def _mlp(layer: LayerSpec, tensors: Tensors, x: Tensor) -> Tensor:
+    mlp = layer.mlp
+    assert isinstance(mlp, GatedMLPSpec)  # check_joint
+
+    def linear(y: Tensor, name: str) -> Tensor:
+        return F.linear(y, tensors[f"mlp.{name}_proj.weight"], tensors.get(f"mlp.{name}_proj.bias"))
+
+    gate = linear(x, "gate")
+    return linear(ACTIVATIONS[mlp.activation](gate) * linear(x, "up"), "down")
+
+
+def _plain(tensors: Tensors) -> Tensors:
+    """Copies that autograd may use, whatever mode they were made in."""
+    return {name: t.clone() for name, t in tensors.items()}

@@ -1,0 +1,79 @@
+"""One cache budget for all layers of a score-aware conversion: more for a layer whose losses would cost more.
+
+What a layer's loss adds to the KL is about proportional to |error of its output|^2 / |residual stream|^2, and falls
+with its budget b about as b^-3 (docs/conversion.md). The sum over layers is least where b is as the fourth root of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convert.attention_statistics import AttentionStatistics, collect_attention
+from convert.differentiable import mla_attention
+from convert.methods.score_aware import ScoreAwareOptions, convert_layer
+from convert.quality import relative_error
+from convert.sizes import budget_of, rounded
+from engine.spec import GQASpec
+
+FALL = 3  # the exponent
+LEAST_BUDGET = 3  # of any layer: a rotated pair and one latent number
+SAMPLE_TOKENS = 4096  # that errors are measured on
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A source layer: what a conversion is made from, and a sample of the text as it sees and answers it."""
+
+    statistics: AttentionStatistics
+    sample: list[tuple[Tensor, Tensor]]  # normed inputs and outputs, [windows, length, hidden] each
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """At an even share of the budget: the best split, and the squared relative error of the output."""
+
+    rope_share: float  # dr / (r + dr)
+    squared_error: float
+
+
+def observe(spec: GQASpec, tensors: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> Observed:
+    """A LayerSurvey's `collect`."""
+    sample: list[tuple[Tensor, Tensor]] = []
+    statistics = collect_attention(spec, tensors, inputs, sample, SAMPLE_TOKENS)
+    return Observed(statistics, sample)
+
+
+def layer_cost(
+    spec: GQASpec, tensors: Mapping[str, Tensor], observed: Observed, splits: Sequence[tuple[int, int]]
+) -> LayerCost:
+    """A LayerSurvey's `find`: the layer is converted by each split (r, dr)."""
+    best = LayerCost(0.0, float("inf"))
+    for rank, rope in dict.fromkeys(splits):
+        mla, made = convert_layer(spec, tensors, observed.statistics, ScoreAwareOptions(rank, rope))
+        mla = replace(mla, sliding_window=spec.sliding_window, score_softcap=spec.score_softcap)
+        weights = {name: t.to(observed.sample[0][0].dtype) for name, t in made.items()}
+        error = relative_error((y, mla_attention(mla, weights, x)) for x, y in observed.sample) ** 2
+        if error < best.squared_error:
+            best = LayerCost(rope / (rank + rope), error)
+    return best
+
+
+def shared_sizes(
+    specs: Sequence[GQASpec], ratio: float, costs: Sequence[LayerCost], weights: Sequence[float]
+) -> tuple[tuple[int, int], ...]:
+    """-> (r, dr) of every layer. weights: |output|^2 / |residual stream|^2 of each layer's attention."""
+    even = torch.tensor([budget_of(spec, ratio) for spec in specs], dtype=torch.float64)
+    cost = torch.tensor([c.squared_error * w for c, w in zip(costs, weights, strict=True)], dtype=torch.float64)
+    parts = even * cost.clamp_min(1e-12 * float(cost.max()) or 1.0) ** (1 / (FALL + 1))
+    budgets = LEAST_BUDGET + parts / parts.sum() * (even.sum() - LEAST_BUDGET * len(even))
+    sizes = []
+    for spec, budget, found in zip(specs, budgets.tolist(), costs, strict=True):
+        width = spec.num_kv_heads * spec.head_dim
+        whole = min(int(budget + 1e-6), 2 * width)
+        rope = min(max(2, 2 * rounded(round(found.rope_share * whole) // 2)), width)
+        sizes.append((rounded(whole - rope), rope))
+    return tuple(sizes)

@@ -1,0 +1,16 @@
+"""Conversions that are not about refinement refine for a few steps only."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from convert import conversion
+from convert.refine import RefineOptions
+
+
+@pytest.fixture(autouse=True)
+def brief_refinement(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.module.__name__.rpartition(".")[2] != "test_refine":
+        monkeypatch.setattr(conversion, "RefineOptions", partial(RefineOptions, passes=1, min_steps=10))
