@@ -31,7 +31,7 @@ BETAS = (0.9, 0.99)
 
 @dataclass(frozen=True)
 class RefineOptions:
-    passes: int = 8  # over the text, at least min_steps steps in all
+    passes: int = 16  # over the text, at least min_steps steps in all
     min_steps: int = 100
     learning_rates: tuple[float, ...] = (0.06, 0.02, 0.006, 0.002)  # a step's change of a weight, over its matrix's RMS
     trial: int = 10  # each learning rate is tried for one part in so many of the steps

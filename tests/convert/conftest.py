@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 
-from convert import conversion
+from convert import compare, conversion
 from convert.refine import RefineOptions
 
 
 @pytest.fixture(autouse=True)
 def brief_refinement(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.module.__name__.rpartition(".")[2] != "test_refine":
-        monkeypatch.setattr(conversion, "RefineOptions", partial(RefineOptions, passes=1, min_steps=10))
+        for module in (compare, conversion):
+            monkeypatch.setattr(module, "RefineOptions", partial(RefineOptions, passes=1, min_steps=10))

@@ -64,7 +64,7 @@ def test_convert_on_sampled_text_then_evaluate(
     assert len(record["quality"]["attention_errors"]) == 2
     best = min(record["trials"], key=lambda trial: trial["kl"])
     assert record["options"]["sizes"] == best["sizes"]
-    assert record["cache_bytes_per_token"] * 2 == record["source_cache_bytes_per_token"]
+    assert 0.8 < 2 * record["cache_bytes_per_token"] / record["source_cache_bytes_per_token"] <= 1
     spec = open_checkpoint(out).spec
     assert spec.cache_bytes_per_token(4) == record["cache_bytes_per_token"]
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()

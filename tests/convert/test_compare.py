@@ -38,17 +38,26 @@ def assert_fails(code: int, capsys: pytest.CaptureFixture[str], message: str) ->
     assert message in lines[0]
 
 
+@pytest.mark.parametrize(("refine", "methods"), [("none", METHODS), ("layer", ("score-aware", "transmla"))])
 def test_rows_are_what_converting_and_evaluating_give(
-    tmp_path: Path, source: Path, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    source: Path,
+    texts: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    refine: str,
+    methods: tuple[str, ...],
 ) -> None:
     """However many conversions go together in one pass."""
     monkeypatch.setattr(compare, "GROUP_BYTES", 1 << 20)
-    assert main(run(source, texts, "--cache-ratios", "0.5", "--json", str(tmp_path / "c.json"))) == 0
+    options = ["--cache-ratios", "0.5", "--methods", *methods, "--refine", refine]
+    assert main(run(source, texts, *options, "--json", str(tmp_path / "c.json"))) == 0
     report = json.loads((tmp_path / "c.json").read_text())
-    assert [row["method"] for row in report["rows"]] == list(METHODS)
+    assert [row["method"] for row in report["rows"]] == list(methods)
+    assert {row["refine"] for row in report["rows"]} == {refine}
     for row in report["rows"]:
         out = tmp_path / row["method"]
         arguments = ["--model", str(source), "--out", str(out), "--method", row["method"], "--cache-ratio", "0.5"]
+        arguments += ["--refine", refine]
         assert main([*arguments, "--calibration", str(texts[0]), "--calibration-tokens", "512"]) == 0
         evaluate = ["evaluate", "--model", str(out), "--reference", str(source), "--text", str(texts[1])]
         assert main([*evaluate, "--json", str(tmp_path / "e.json")]) == 0

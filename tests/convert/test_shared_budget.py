@@ -38,9 +38,12 @@ def test_the_sample_is_what_attention_puts_out(case: dict[str, Any]) -> None:
         for h in range(spec.num_heads):
             j = h * spec.num_kv_heads // spec.num_heads
             turned = [rotate(y, inv_freq, spec.rope.layout, spec.rope.scale) for y in (q[h], k[j])]
-            scores = (turned[0] @ turned[1].T * spec.softmax_scale).masked_fill(
-                torch.ones(len(x[0]), len(x[0]), dtype=torch.bool).triu(1), float("-inf")
-            )
+            scores = turned[0] @ turned[1].T * spec.softmax_scale
+            if spec.score_softcap is not None:
+                scores = spec.score_softcap * torch.tanh(scores / spec.score_softcap)
+            ages = torch.arange(len(scores))[:, None] - torch.arange(len(scores))
+            hidden = (ages < 0) | (ages >= (spec.sliding_window or len(scores)))
+            scores = scores.masked_fill(hidden, float("-inf"))
             heads.append(scores.softmax(-1) @ v[j])
         expected = torch.cat(heads, 1) @ tensors["o_proj.weight"].T + tensors.get("o_proj.bias", 0.0)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
