@@ -9,16 +9,19 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError
 from convert.sampling import sample_tokens
-from convert.text import cut_windows, encode, read_text, window_bos
+from convert.text import encode, read_text, window_bos
 from engine.checkpoint import Checkpoint
 from engine.tokenizer import Tokenizer
 
-WINDOW = 256  # tokens, as TransMLA has it
+# Tokens of a window, of two kinds: near tokens weigh most, and what matters only far apart is seen in long ones alone.
+WINDOW = 256  # as TransMLA has it
+LONG_WINDOW = 2048  # or the context
 MIN_TOKENS = 128
 MAX_HELD_OUT = 8192  # tokens of each of the two held-out parts
 PIECE_CHARS = 20_000  # a text is drawn from in pieces of about this size
@@ -70,12 +73,34 @@ def _held_out(tokens: int) -> int:
 
 
 def _split(ids: list[int], tokens: int, source: Checkpoint, bos: int | None, record: dict[str, Any]) -> Calibration:
-    length = min(WINDOW, source.spec.max_position_embeddings, len(ids) // 8)
-    windows = [window for window in cut_windows(ids, length, bos) if len(window) == length]
-    held = min(math.ceil(_held_out(tokens) / length), len(windows) // 4)
-    fit = windows[2 * held :][: math.ceil(tokens / length)]
-    counts = {"window": length, "tokens": length * len(fit), "held_out_tokens": length * held}
-    return Calibration(fit, windows[:held], windows[held : 2 * held], record | counts)
+    held = min(_held_out(tokens), len(ids) // 4)
+    context, rest = source.spec.max_position_embeddings, iter(ids)
+    lead = [next(rest)] if bos is None else [bos]
+    parts: list[Windows] = []
+    for size in (held, held, min(tokens, len(ids) - 2 * held)):
+        windows: Windows = []
+        for length in _lengths(size, context):
+            window = [*lead, *islice(rest, length - 1)]
+            if len(window) == length:  # else the text is at its end
+                windows.append(window)
+                lead = window[-1:] if bos is None else lead
+        parts.append(windows)
+    select, check, fit = parts
+    counts = {
+        "windows": sorted({len(window) for window in fit}),
+        "tokens": sum(map(len, fit)),
+        "held_out_tokens": sum(map(len, check)),
+    }
+    return Calibration(fit, select, check, record | counts)
+
+
+def _lengths(tokens: int, context: int) -> list[int]:
+    """Of the windows that make `tokens` tokens: one long window, as many tokens in short ones, and so on."""
+    long = min(LONG_WINDOW, context, tokens // 2)
+    short = min(WINDOW, long)
+    pair = [long] + [short] * (long // short)
+    lengths = pair * (tokens // sum(pair))
+    return lengths + [short] * math.ceil((tokens - sum(lengths)) / short)
 
 
 def _pieces(text: str) -> list[str]:

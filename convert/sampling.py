@@ -22,7 +22,7 @@ from engine.model.load import load_model
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 
-SAMPLE_TOKENS = 512  # of one sample, prompt and output, at most
+SAMPLE_TOKENS = 1024  # of one sample, prompt and output, at most
 MIN_SAMPLE = 16  # an end token cannot come before; keeps a model that is quick to end from stalling the loop
 MAX_TOGETHER = 64  # samples that the engine runs at once
 MARK = "USER-TEXT-GOES-HERE"

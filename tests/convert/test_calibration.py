@@ -48,21 +48,25 @@ def test_bad_files(tmp_path: Path, content: bytes | None, message: str) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_parts_share_no_predicted_token(tmp_path: Path) -> None:
-    source = open_checkpoint(make_source(tmp_path / "source", max_position_embeddings=64, adds_bos=False))
-    path = write_text(tmp_path / "text.txt", 60_000)
-    found = calibration.from_files(source, [path], 4096, 0)
+@pytest.mark.parametrize(("context", "lengths"), [(64, {64}), (512, {256, 512})])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_parts_share_no_predicted_token(tmp_path: Path, adds_bos: bool, context: int, lengths: set[int]) -> None:
+    folder = make_source(tmp_path / "source", max_position_embeddings=context, adds_bos=adds_bos)
+    source, path = open_checkpoint(folder), write_text(tmp_path / "text.txt", 60_000)
+    found = calibration.from_files(source, [path], 8192, 0)
     assert found.record == {
-        "source": "files", "files": ["text.txt"], "window": 64, "tokens": 4096, "held_out_tokens": 512
+        "source": "files", "files": ["text.txt"], "windows": sorted(lengths), "tokens": 8192, "held_out_tokens": 1024
     }  # fmt: skip
-    assert (len(found.fit), len(found.select), len(found.check)) == (64, 8, 8)
+    for part, tokens in ((found.fit, 8192), (found.select, 1024), (found.check, 1024)):
+        assert sum(map(len, part)) == tokens
+        assert {len(window) for window in part} == lengths
+        assert sum(len(window) for window in part if len(window) == context) == tokens // len(lengths)
     every = [*found.select, *found.check, *found.fit]
-    assert all(len(window) == 64 for window in every)
     # Windows overlap by the one token that gives context, and by nothing else.
-    assert all(a[-1] == b[0] for a, b in pairwise(every))
+    assert all(b[0] == (BOS if adds_bos else a[-1]) for a, b in pairwise(every))
     text = Tokenizer.from_folder(source.path).decode([t for window in every for t in window[1:]])
     assert all(line in path.read_text() for line in text.splitlines()[1:-1])
-    assert len(text) == 63 * 80
+    assert len(text) == sum(len(window) - 1 for window in every)
 
 
 def test_same_seed_same_text(tmp_path: Path) -> None:
