@@ -14,10 +14,14 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+from convert import conversion
 from convert.cli import main
+from convert.refine import RefineOptions
 
+conversion.RefineOptions = partial(RefineOptions, passes=1, min_steps=10)  # type: ignore[misc]  # as conftest.py has it
 KILLED = -signal.SIGKILL
 LONGEST = 60.0  # seconds
 
