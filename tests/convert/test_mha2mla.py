@@ -253,7 +253,18 @@ def test_quality_on_a_trained_model(tmp_path: Path) -> None:
             "--method",
             "mha2mla",
         ]
-        sizes = ["--kv-lora-rank", "64", "--qk-rope-head-dim", "32", "--partial-rope", rope, "--svd", "joint"]
+        sizes = [
+            "--kv-lora-rank",
+            "64",
+            "--qk-rope-head-dim",
+            "32",
+            "--partial-rope",
+            rope,
+            "--svd",
+            "joint",
+            "--refine",
+            "none",
+        ]
         assert main([*arguments, *sizes, "--calibration", str(text), "--calibration-tokens", "1024"]) == 0
         kl[rope] = json.loads((tmp_path / rope / "conversion.json").read_text())["quality"]["kl"]
     assert 0.03 < kl["high"] < 0.1

@@ -241,12 +241,13 @@ def test_lossless_where_all_kv_heads_agree(tmp_path: Path, scaling: dict[str, An
 
 
 def test_quality_on_a_trained_model(tmp_path: Path) -> None:
-    """At half the cache; a separate float64 implementation measured 0.206 on text the model wrote itself."""
+    """At half the cache; a separate float64 implementation measured 0.206 on the model's own text, up to position 256."""
     text = shared("data/tinystories/tinystories_197k.txt")
     out = tmp_path / "out"
     arguments = ["--model", str(shared("models/tinystories-gqa64")), "--out", str(out), "--method", "transmla"]
-    sizes = ["--kv-lora-rank", "64", "--qk-rope-head-dim", "64", "--freqfold", "2"]
+    sizes = ["--kv-lora-rank", "64", "--qk-rope-head-dim", "64", "--freqfold", "2", "--refine", "none"]
     assert main([*arguments, *sizes, "--calibration", str(text), "--calibration-tokens", "8192"]) == 0
     quality = json.loads((out / "conversion.json").read_text())["quality"]
-    assert 0.1 < quality["kl"] < 0.3
+    near = [part for part in quality["kl_by_position"] if part["to"] < 256]
+    assert all(0.1 < part["kl"] < 0.3 for part in near[-2:])
     assert quality["reference_perplexity"] < quality["perplexity"] < 1.5 * quality["reference_perplexity"]

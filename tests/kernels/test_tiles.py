@@ -35,8 +35,8 @@ def test_tiles_are_powers_of_two(rank, rope, heads, element_size):
         assert all(n >= 16 and n & (n - 1) == 0 for n in (tile.rows, tile.tokens))
 
 
-@given(st.integers(0, 10_000), st.integers(0, 200_000))
-def test_splits(programs, max_kv_len):
-    splits = num_splits(programs, max_kv_len, torch.device("cpu"))
+@given(st.integers(0, 10_000), st.integers(0, 200_000), st.none() | st.integers(1, 10_000))
+def test_splits(programs, max_kv_len, window):
+    splits = num_splits(programs, max_kv_len, window, torch.device("cpu"))
     assert 1 <= splits <= MAX_SPLITS
-    assert splits == 1 or max_kv_len >= splits * MIN_SPLIT_TOKENS
+    assert splits == 1 or min(max_kv_len, window or max_kv_len) >= splits * MIN_SPLIT_TOKENS
