@@ -241,7 +241,7 @@ def test_lossless_where_all_kv_heads_agree(tmp_path: Path, scaling: dict[str, An
 
 
 def test_quality_on_a_trained_model(tmp_path: Path) -> None:
-    """At half the cache; another implementation, in float64, measured 0.206 on the model's own text, up to position 256."""
+    """At half the cache; another implementation measured 0.206 on the model's own text, up to position 256."""
     text = shared("data/tinystories/tinystories_197k.txt")
     out = tmp_path / "out"
     arguments = ["--model", str(shared("models/tinystories-gqa64")), "--out", str(out), "--method", "transmla"]
