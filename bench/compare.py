@@ -10,6 +10,7 @@ import argparse
 import datetime
 import json
 import platform
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,8 +125,18 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": dtype_name(dtype),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str | None:
+    """Of the source tree that this runs from; None where it is none, or there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def main(args: argparse.Namespace) -> None:
