@@ -69,7 +69,10 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _attend(spec: MLASpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q, k [windows, H, length, n + dr], v [windows, H, length, v] -> [windows, H, length, v], causal."""
     if spec.score_softcap is None and spec.sliding_window is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.softmax_scale)
+        # Values as wide as keys: torch has blockwise kernels for that alone, and writes down all scores elsewhere.
+        narrow = max(0, q.shape[-1] - v.shape[-1])
+        out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, narrow)), is_causal=True, scale=spec.softmax_scale)
+        return out[..., : v.shape[-1]]
     length = q.shape[2]
     seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     if spec.sliding_window is not None:

@@ -9,7 +9,6 @@ held-out windows no larger KL than what it was given, rounded likewise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from convert.descent import DescentOptions, State, Tensors, descend
 from convert.differentiable import mla_attention
 from convert.errors import ConversionError
 from convert.pipeline import Precision, Windows
-from convert.refine import BETAS, Tensors, relative_rates
 from convert.stream import BATCH_TOKENS, BLOCK_SIZE, Chunk, chunks
 from engine.checkpoint import Checkpoint
 from engine.model.load import load_model
@@ -34,11 +32,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh
 
 
 @dataclass(frozen=True)
-class JointOptions:
-    steps: int = 100
-    learning_rate: float = 0.01  # relative, as in refine.py
-    checks: int = 5
-    seed: int = 0
+class JointOptions(DescentOptions):
+    learning_rates: tuple[float, ...] = (0.004, 0.0015, 0.0005)
+    steps: int = 200
 
 
 def check_joint(spec: ModelSpec) -> None:
@@ -61,33 +57,11 @@ def refine_jointly(
     and the record: KL on `held_out` before and after, and the steps that were kept."""
     check_joint(source.spec)
     with torch.inference_mode(False), torch.enable_grad():
-        student = _Student(source, layers, precision)
-        embedding = student.outer["embed_tokens.weight"]
-        batches, unseen = (
-            [_Example(c, student.teacher) for c in chunks(windows, embedding, source.spec, BATCH_TOKENS)]
-            for windows in (fit, held_out)
-        )
-        best, before, kept = student.copy(), student.measure(unseen), 0
-        lowest = before
-        rated = [pair for own in student.weights for pair in relative_rates(own, options.learning_rate)]
-        groups = [{"params": [t], "lr": rate} for t, rate in rated]
-        optimiser = torch.optim.Adam(groups, betas=BETAS)
-        generator = torch.Generator().manual_seed(options.seed)
-        order: list[int] = []
-        for step in tqdm(range(1, options.steps + 1), "refining jointly", unit="step", disable=None):
-            if not order:
-                order = torch.randperm(len(batches), generator=generator).tolist()
-            optimiser.zero_grad()
-            student.loss(batches[order.pop()], student.weights).backward()
-            for group, (_, rate) in zip(optimiser.param_groups, rated, strict=True):
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / options.steps))
-            optimiser.step()
-            if step * options.checks // options.steps > (step - 1) * options.checks // options.steps:
-                kl = student.measure(unseen)
-                if kl < lowest:
-                    best, lowest, kept = student.copy(), kl, step
-    record = {"kl_before": before, "kl_after": lowest, "learning_rate": options.learning_rate, "steps": kept}
-    return [precision.store(tensors) for tensors in best], record
+        student = _Student(source, layers, fit, held_out, precision)
+        start = State(student.start, student.error(student.start))
+        best, rate = descend(student, start, options.steps, options)
+    record = {"kl_before": start.error, "kl_after": best.error, "learning_rate": rate, "steps": best.steps}
+    return student.by_layer(precision.store(best.tensors)), record
 
 
 class _Example:
@@ -102,37 +76,54 @@ class _Example:
 
 
 class _Student:
-    """The converted model as a plain function of its attention weights, in fp32."""
+    """The converted model as a plain function of its attention weights, in fp32: a problem to descend.
 
-    def __init__(self, source: Checkpoint, layers: Sequence[tuple[LayerSpec, Tensors]], precision: Precision) -> None:
+    The weights are one dict, layer i's `name` under `i.name`.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        layers: Sequence[tuple[LayerSpec, Tensors]],
+        fit: Windows,
+        held_out: Windows,
+        precision: Precision,
+    ) -> None:
         self.spec, self.precision = source.spec, precision
         self.teacher = load_model(source, precision.device, "float32")
         self.outer = _plain(precision.load(precision.store(source.outer())))
         self.head = self.outer.get("lm_head.weight", self.outer["embed_tokens.weight"])
         self.layers = [spec for spec, _ in layers]
         self.rest: list[Tensors] = []
-        self.weights: list[Tensors] = []
-        for _, tensors in layers:
+        self.start: Tensors = {}
+        for i, (_, tensors) in enumerate(layers):
             loaded = _plain(precision.load(precision.store(tensors)))
             own = {n.removeprefix("self_attn."): t for n, t in loaded.items() if n.startswith("self_attn.")}
-            self.weights.append({name: t.requires_grad_() for name, t in own.items()})
+            self.start |= {f"{i}.{name}": t for name, t in own.items()}
             self.rest.append({name: t for name, t in loaded.items() if not name.startswith("self_attn.")})
+        embedding = self.outer["embed_tokens.weight"]
+        self.examples, self.held_out = (
+            [_Example(c, self.teacher) for c in chunks(windows, embedding, source.spec, BATCH_TOKENS)]
+            for windows in (fit, held_out)
+        )
 
-    def copy(self) -> list[Tensors]:
-        return [{name: t.detach().clone() for name, t in tensors.items()} for tensors in self.weights]
+    def by_layer(self, tensors: Tensors) -> list[Tensors]:
+        starts = [f"{i}." for i in range(len(self.layers))]
+        return [{n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)} for own in starts]
 
-    def measure(self, examples: Sequence[_Example]) -> float:
-        """KL per token over the examples, with the weights rounded as they are stored."""
+    def error(self, tensors: Tensors) -> float:
+        """KL per token over what is held out."""
         with torch.no_grad():
-            weights = [_plain(self.precision.load(self.precision.store(tensors))) for tensors in self.weights]
-            total = sum(self.loss(example, weights).item() * example.ids.numel() for example in examples)
-        return max(0.0, total / sum(example.ids.numel() for example in examples))
+            stored = _plain(self.precision.load(self.precision.store(tensors)))
+            total = sum(self.loss(stored, example).item() * example.ids.numel() for example in self.held_out)
+        return max(0.0, total / sum(example.ids.numel() for example in self.held_out))
 
-    def loss(self, example: _Example, weights: Sequence[Tensors]) -> Tensor:
+    def loss(self, tensors: Tensors, example: _Example) -> Tensor:
         """KL(source || converted) in nats per token."""
         with torch.no_grad():
             p = self.teacher.logits(example.hidden.flatten(0, 1)).log_softmax(-1)
-        q = finish_logits(F.linear(self.hidden(example.ids, weights), self.head), self.spec).flatten(0, 1)
+        hidden = self.hidden(example.ids, self.by_layer(tensors))
+        q = finish_logits(F.linear(hidden, self.head), self.spec).flatten(0, 1)
         return (p.exp() * (p - q.log_softmax(-1))).sum(-1).mean()
 
     def hidden(self, ids: Tensor, weights: Sequence[Tensors]) -> Tensor:
