@@ -25,7 +25,7 @@ from convert.layer_store import LayerStore, TrialStore
 from convert.memory import peak_memory, weight_bytes
 from convert.methods import LayerMethod, learn_nothing
 from convert.partial import PartialWork, is_placed, partial_work, say
-from convert.pipeline import Precision, Refinement, sweep
+from convert.pipeline import Converted, Precision, Refinement, Store, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
 from convert.refine import RefineOptions
 from convert.survey import settle
@@ -156,40 +156,39 @@ def _write(
             writer.add_outer(source.outer())
         layers = LayerStore(work, writer, spec)
         refinement = _refinement(request, text)
-        record: dict[str, Any] = {}
+        refined: dict[str, Any] = {}
         if refinement is not None and request.refine == "joint":
-            best, record = _jointly(request, source, text, best, precision, refinement)
+            best, refined = _jointly(request, source, text, best, precision, refinement)
             refinement = None  # has taken place
-        result = sweep(source, text.fit, text.check, [best], precision, layers.add, done=layers, refinement=refinement)[
-            0
-        ]
+        (result,) = sweep(source, text.fit, text.check, [best], precision, layers, refinement=refinement)
         if refinement is not None:
-            record = {"refinement": layers.measured("refinement")}
-        spec = replace(spec, layers=layers.specs())
-        quality = {**result.report(), "tokens": result.tokens, "attention_errors": layers.measured("attention_error")}
-        writer.finish(
-            {
-                "source": source.path.resolve().name,
-                "method": request.method.method,
-                "options": {
-                    **asdict(request.method),
-                    **best.options,
-                    "dtype": spec.dtype,
-                    "seed": request.seed,
-                    "refine": request.refine if record else "none",
-                },
-                "trials": trials,
-                "calibration": text.record,
-                "warnings": _warnings(text, source),
-                "quality": quality,
-                "refinement": None,
-                **record,
-                "layers": [_sizes(layer) for layer in spec.layers],
-                "cache_bytes_per_token": _cache_bytes(spec),
-                "source_cache_bytes_per_token": _cache_bytes(source.spec),
-                "versions": _versions(),
-            }
-        )
+            refined = {"refinement": layers.measured("refinement")}
+        others = {"dtype": spec.dtype, "seed": request.seed, "refine": request.refine if refined else "none"}
+        record = {
+            "source": source.path.resolve().name,
+            "method": request.method.method,
+            "options": asdict(request.method) | best.options | others,
+            "trials": trials,
+            "calibration": text.record,
+            "warnings": _warnings(text, source),
+            "quality": {
+                **result.report(),
+                "tokens": result.tokens,
+                "attention_errors": layers.measured("attention_error"),
+            },
+            "refinement": None,
+        }
+        writer.finish(record | refined | _described(replace(spec, layers=layers.specs()), source.spec))
+
+
+def _described(spec: ModelSpec, source: ModelSpec) -> dict[str, Any]:
+    """What the converted model came to, and what made it."""
+    return {
+        "layers": [_sizes(layer) for layer in spec.layers],
+        "cache_bytes_per_token": _cache_bytes(spec),
+        "source_cache_bytes_per_token": _cache_bytes(source),
+        "versions": _versions(),
+    }
 
 
 def _choose(
@@ -199,8 +198,7 @@ def _choose(
     if len(tried) == 1:
         return tried[0], []
     description = f"choosing among {len(tried)}"
-    results = sweep(source, text.fit, text.select, tried, precision, description=description, trials=store,
-                    fit_outputs=False)  # fmt: skip
+    results = sweep(source, text.fit, text.select, tried, precision, store, description, fit_outputs=False)
     trials = [
         {**c.options, "kl": r.kl, "perplexity": r.report()["perplexity"]} for c, r in zip(tried, results, strict=True)
     ]
@@ -226,21 +224,27 @@ def _jointly(
 
     Nothing is kept until it is done: an interrupted run does it again, to the same end.
     """
-    layers: list[tuple[LayerSpec, dict[str, Tensor]]] = []
-    records: list[dict[str, Any]] = []
-
-    def stage(layer: LayerSpec, tensors: dict[str, Tensor], measured: dict[str, Any]) -> None:
-        layers.append((layer, tensors))
-        records.append(measured["refinement"])
-
-    sweep(source, text.fit, text.check, [best], precision, stage, "refining", refinement=refinement)
-    joint = JointOptions(seed=request.seed)
-    tuned, record = refine_jointly(source, layers, text.fit, text.select, precision, joint)
+    staged = _Staged()
+    sweep(source, text.fit, text.check, [best], precision, staged, "refining", refinement=refinement)
+    options = JointOptions(seed=request.seed)
+    tuned, record = refine_jointly(source, staged.layers, text.fit, text.select, precision, options)
     methods = []
-    for (layer, _), tensors in zip(layers, tuned, strict=True):
+    for (layer, _), tensors in zip(staged.layers, tuned, strict=True):
         assert isinstance(layer.attention, MLASpec)  # a method makes nothing else
         methods.append(_made(layer.attention, tensors))
-    return Candidate(best.options, tuple(methods), best.cached), {"refinement": records, "joint": record}
+    return Candidate(best.options, tuple(methods), best.cached), {"refinement": staged.records, "joint": record}
+
+
+class _Staged(Store):
+    """Holds the layers of one candidate, their specs and all their tensors, in memory."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[LayerSpec, dict[str, Tensor]]] = []
+        self.records: list[dict[str, Any] | None] = []
+
+    def keep(self, _candidate: int, _layer: int, made: Converted) -> None:
+        self.layers.append((made.spec, made.tensors()))
+        self.records.append(made.refinement)
 
 
 def _made(spec: MLASpec, tensors: dict[str, Tensor]) -> LayerMethod[None]:

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from convert import conversion
 from convert.cli import main
+from convert.layer_store import LayerStore
 from convert.partial import partial_folder
 from engine.checkpoint import open_checkpoint
 from tests.checkpoint.folders import write_shards
@@ -242,18 +242,12 @@ def test_a_failure_midway_leaves_the_earlier_output_and_what_is_finished(
     assert main(arguments) == 0
     before = contents(out)
 
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        """After one layer is written."""
-        sink = args[5]
+    def keep_once(*args: Any) -> None:
+        keep(*args)
+        raise failure
 
-        def once(*layer: Any) -> None:
-            sink(*layer)
-            raise failure
-
-        sweep(*args[:5], once, **kwargs)
-
-    sweep = conversion.sweep
-    monkeypatch.setattr(conversion, "sweep", interrupted)
+    keep = LayerStore.keep
+    monkeypatch.setattr(LayerStore, "keep", keep_once)
     if failure is RuntimeError:  # a fault of the program's own is not hidden
         with pytest.raises(RuntimeError):
             main([*arguments, "--overwrite"])

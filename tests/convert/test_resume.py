@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from convert import conversion, plan
+from convert import plan
 from convert.cli import main
-from convert.layer_store import TrialStore
+from convert.layer_store import LayerStore, TrialStore
 from convert.partial import partial_folder, partial_work
 from tests.convert.sources import make_source, write_text
 
@@ -52,34 +52,30 @@ def stopping_after(layers: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
     -> how often statistics were collected.
     """
     collected: list[int] = []
-    collect, sweep, keep = plan.collect_attention, conversion.sweep, TrialStore.keep
+    collect, keep_trial, keep_layer = plan.collect_attention, TrialStore.keep, LayerStore.keep
 
     def counted(*args: Any) -> Any:
         collected.append(1)
         return collect(*args)
 
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        if len(args) < 6:
-            return sweep(*args, **kwargs)
-        sink, left = args[5], [layers]
-
-        def stop(*layer: Any) -> None:
-            sink(*layer)
-            left[0] -= 1
-            if not left[0]:
-                raise Stop
-
-        return sweep(*args[:5], stop, **kwargs)
-
-    def keep_or_stop(store: TrialStore, candidate: int, layer: int, attention: Any) -> None:
-        keep(store, candidate, layer, attention)
+    def trial(store: TrialStore, candidate: int, layer: int, made: Any) -> None:
+        keep_trial(store, candidate, layer, made)
         if not layers and (candidate, layer) == (1, 1):
+            raise Stop
+
+    left = layers
+
+    def converted(store: LayerStore, candidate: int, layer: int, made: Any) -> None:
+        nonlocal left
+        keep_layer(store, candidate, layer, made)
+        left -= 1
+        if not left:
             raise Stop
 
     with monkeypatch.context() as patch:
         patch.setattr(plan, "collect_attention", counted)
-        patch.setattr(conversion, "sweep", interrupted)
-        patch.setattr(TrialStore, "keep", keep_or_stop)
+        patch.setattr(TrialStore, "keep", trial)
+        patch.setattr(LayerStore, "keep", converted)
         yield collected
 
 
