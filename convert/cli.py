@@ -6,7 +6,6 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from convert.compare import CACHE_RATIOS, CompareRequest, compare
 from convert.compare import METHODS as COMPARED
 from convert.conversion import CALIBRATION_TOKENS, REFINEMENTS, ConversionRequest, convert
 from convert.evaluate import DEFAULT_WINDOW, EvaluationRequest, evaluate
-from convert.export import FORMATS, LATENT_EPS, check_exportable, export_folder, export_model
+from convert.export import FORMATS, LATENT_EPS, export_model
 from convert.methods import mha2mla
 from convert.plan import DEFAULT_CACHE_RATIO, DEFAULT_METHOD, METHODS, MethodRequest
 from convert.plots import check_plot_target, plot_comparison, plot_evaluation
@@ -27,8 +26,6 @@ from convert.report import (
     export_summary,
     write_json,
 )
-from engine.checkpoint import open_checkpoint
-from engine.checkpoint.writer import check_output
 from engine.errors import EngineError
 from engine.hub import local_folder
 from engine.model.load import DTYPES
@@ -78,16 +75,12 @@ def run_convert(arguments: Sequence[str]) -> None:
         refine=args.refine,
         seed=args.seed,
         overwrite=args.overwrite,
+        export=args.export,
     )
-    if args.export is not None:
-        spec = open_checkpoint(request.source).spec
-        check_exportable(replace(spec, dtype=spec.dtype if args.dtype == "auto" else args.dtype))
-        check_output(export_folder(args.out), request.source, args.overwrite)
     report = convert(request)
     print(conversion_summary(report, args.model))
-    if args.export is not None:
-        target = export_folder(args.out)
-        print(export_summary(export_model(args.out, target, overwrite=args.overwrite)))
+    if "export" in report:
+        print(export_summary(report["export"]))
     write_json(args.json, report)
 
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from convert import calibration
 from convert.calibration import Calibration
 from convert.errors import ConversionError
+from convert.export import check_exportable, export_folder, export_model
 from convert.joint import JointOptions, check_joint, refine_jointly
 from convert.layer_store import LayerStore, TrialStore
 from convert.memory import peak_memory, weight_bytes
 from convert.methods import LayerMethod, learn_nothing
-from convert.partial import PartialWork, is_placed, partial_work, say
+from convert.partial import EXPORT, PartialWork, folder_state, is_placed, partial_folder, partial_work, say
 from convert.pipeline import Converted, Precision, Refinement, Store, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
 from convert.refine import RefineOptions
@@ -58,11 +59,12 @@ class ConversionRequest:
     refine: str = "layer"  # one of REFINEMENTS; an exact conversion is never refined
     seed: int = 0
     overwrite: bool = False
+    export: str | None = None  # one of export.FORMATS: written as well, to `export_folder(out)`
 
 
 @torch.inference_mode()
 def convert(request: ConversionRequest) -> dict[str, Any]:
-    """Convert and write; -> what conversion.json says, and sizes.
+    """Convert and write, and export what was written; -> what conversion.json says, sizes, and the export's report.
 
     Raises EngineError. What an interrupted conversion had finished stays in `partial_folder(request.out)`; the same
     request goes on from there, to the same result bit by bit.
@@ -78,6 +80,8 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
     placed = is_placed(request.out, fingerprint)
     if not placed:
         check_output(request.out, source.path, request.overwrite)
+    begun = placed and PartialWork(partial_folder(request.out)).read(EXPORT) is not None
+    _check_export(request, source, precision, begun)
     with partial_work(request.out, fingerprint, CALIBRATION) as (work, differing):
         if differing:
             say(f"starting over: {work.folder} was begun with another {', '.join(differing)}")
@@ -85,11 +89,33 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
             text = _calibration(work, request, source, tokens)
             best, trials = _choice(work, source, text, ways, precision)
             _write(work, request, source, text, best, trials, precision)
+        exported = _export(work, request, begun)
+    return _report(request, source) | exported | {"seconds": time.monotonic() - began}
+
+
+def _check_export(request: ConversionRequest, source: Checkpoint, precision: Precision, begun: bool) -> None:
+    """Before any work. `begun`: by an earlier process, so that what is there may be what this request put there."""
+    if request.export is not None:
+        check_exportable(replace(source.spec, dtype=dtype_name(precision.stored)))
+        if not begun:
+            check_output(export_folder(request.out), source.path, request.overwrite)
+
+
+def _export(work: PartialWork, request: ConversionRequest, begun: bool) -> dict[str, Any]:
+    """While the partial work is there still: the same command after a kill finds the conversion done and exports it."""
+    if request.export is None:
+        return {}
+    work.keep(EXPORT, request.export)
+    target = export_folder(request.out)
+    return {"export": export_model(request.out, target, overwrite=request.overwrite or begun)}
+
+
+def _report(request: ConversionRequest, source: Checkpoint) -> dict[str, Any]:
     return read_json_object(request.out / "conversion.json") | {
         "out": str(request.out),
+        "context": source.spec.max_position_embeddings,
         "weight_bytes": weight_bytes(open_checkpoint(request.out).spec),
         "source_weight_bytes": weight_bytes(source.spec),
-        "seconds": time.monotonic() - began,
         "peak_memory_bytes": peak_memory(),
     }
 
@@ -97,13 +123,12 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
 def request_fingerprint(request: ConversionRequest, source: Checkpoint, precision: Precision) -> dict[str, Any]:
     """All that decides what is written, as JSON. Raises ConversionError where a calibration file is no text."""
     said = asdict(request)
-    for name in ("source", "out", "overwrite", "calibration_files", "device"):
+    for name in ("source", "out", "overwrite", "export", "calibration_files", "device"):
         del said[name]
-    files = [path.stat() for path in sorted(source.path.iterdir()) if path.is_file()]
     texts = [hashlib.sha256(read_text(path).encode()).hexdigest() for path in request.calibration_files]
     return {
         "source": str(source.path.resolve()),
-        "state of the source": [[file.st_size, file.st_mtime_ns] for file in files],
+        "state of the source": folder_state(source.path),
         "calibration text": texts,
         "device": str(precision.device),
         "version": _versions(),

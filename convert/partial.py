@@ -24,6 +24,7 @@ from engine.checkpoint.writer import PLACING, restore
 from engine.errors import EngineError, OutputError
 
 LOCK, REQUEST = "lock", "request.json"
+EXPORT = "export"  # kept under this name: that the result is in its place and is being exported
 
 
 def partial_folder(out: Path) -> Path:
@@ -38,7 +39,13 @@ def is_placed(out: Path, request: Mapping[str, Any]) -> bool:
     placing = _read(folder / PLACING)
     if placing is None or _read(folder / REQUEST) != request:
         return False
-    return not (folder / placing["folder"]).exists() and (out / "conversion.json").exists()
+    return not (folder / placing["folder"]).exists() and (out / "config.json").exists()
+
+
+def folder_state(folder: Path) -> list[list[int]]:
+    """Sizes and times of its files: what has changed has another."""
+    files = [path.stat() for path in sorted(folder.iterdir()) if path.is_file()]
+    return [[file.st_size, file.st_mtime_ns] for file in files]
 
 
 class PartialWork:
@@ -58,12 +65,12 @@ class PartialWork:
 
 
 @contextmanager
-def partial_work(out: Path, request: Mapping[str, Any], costly: str) -> Iterator[tuple[PartialWork, list[str]]]:
+def partial_work(out: Path, request: Mapping[str, Any], costly: str | None) -> Iterator[tuple[PartialWork, list[str]]]:
     """-> the work of this request so far, and which parts of `request` differ from that of work that was thrown away.
 
     The folder goes when the body succeeds or fails on account of its input, which it would again. It stays when the
-    body is interrupted or the disk is full, provided that it holds a result named `costly`. Raises ConversionError
-    where another process is at work on the same output.
+    body is interrupted or the disk is full, provided that it holds a result named `costly` (None: there is none that is
+    worth it). Raises ConversionError where another process is at work on the same output.
     """
     folder = partial_folder(out)
     with output_errors(out):
@@ -76,10 +83,10 @@ def partial_work(out: Path, request: Mapping[str, Any], costly: str) -> Iterator
             yield work, differing
         except BaseException as error:
             wrong_input = isinstance(error, EngineError) and not isinstance(error, OutputError)
-            if wrong_input or not (folder / f"{costly}.json").exists():
+            if wrong_input or costly is None or work.read(costly) is None:
                 _remove(folder)
             else:
-                say(f"{out} is not complete; the same command continues, from what is in {folder}")
+                say(f"not finished: the same command continues, from what is in {folder}")
             raise
         _remove(folder)
     finally:
@@ -118,8 +125,8 @@ def _claim(folder: Path, out: Path, request: Mapping[str, Any]) -> list[str]:
 
 
 def _remove(folder: Path) -> None:
-    """What `is_placed` and the lock go by is the last to go."""
-    last = [PLACING, REQUEST, LOCK]
+    """What a later process goes by is the last to go."""
+    last = [f"{EXPORT}.json", PLACING, REQUEST, LOCK]
     for path in sorted(folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     with suppress(OSError):  # another process has begun to use it
