@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from convert import plan
+from convert import partial, plan
 from convert.cli import main
 from convert.layer_store import LayerStore, TrialStore
 from convert.partial import partial_folder, partial_work
@@ -21,6 +21,7 @@ from tests.convert.sources import make_source, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAYERS = 3
+EXPORT = ["--export", "deepseek_v3"]
 
 
 @pytest.fixture
@@ -183,22 +184,65 @@ def test_a_full_disk(
     assert contents(out) == expected
 
 
+@pytest.mark.parametrize(("options", "cleanings"), [([], 0), (EXPORT, 0), (EXPORT, 1)])
 def test_killed_while_cleaning_up(
-    tmp_path: Path, arguments: list[str], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, options: list[str], cleanings: int
 ) -> None:
-    """The output is in its place, the partial work beside it still: the same command finds nothing left to do."""
-    out = tmp_path / "out"
+    """All is in its place, partial work beside it still: after so many cleanings, first the export's, if there is one.
 
-    def killed(*_: Any) -> None:
+    The same command finds nothing left to do.
+    """
+    out = tmp_path / "folder" / "out"
+    arguments += ["--method", "exact", *options, "--out", str(out)]
+    remove, left = partial._remove, cleanings
+
+    def killed(folder: Path) -> None:
+        nonlocal left
+        if not left:
+            raise Stop
+        left -= 1
+        remove(folder)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(partial, "_remove", killed)
+        main(arguments)
+    assert partial_folder(out).exists()
+    names = ["out", *(["out-deepseek_v3"] if options else [])]
+    before = [contents(out.with_name(name)) for name in names]
+    written = (out / "config.json").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (out / "config.json").stat().st_mtime_ns == written
+    assert [contents(out.with_name(name)) for name in names] == before
+    assert sorted(path.name for path in out.parent.iterdir()) == names
+
+
+def test_killed_while_exporting(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL before every single file that is written from the first of the export on: it is finished, and no more."""
+    arguments += ["--kv-lora-rank", "12", "--qk-rope-head-dim", "12", "--refine", "none", *EXPORT]
+    assert main([*arguments, "--out", str(tmp_path / "undisturbed")]) == 0
+    expected = [contents(tmp_path / name) for name in ("undisturbed", "undisturbed-deepseek_v3")]
+    out = tmp_path / "folder" / "out"
+    exported = out.with_name("out-deepseek_v3")
+
+    def killed(*_: Any, **__: Any) -> None:
         raise Stop
 
-    with monkeypatch.context() as patch:
-        patch.setattr("convert.partial._remove", killed)
-        with pytest.raises(Stop):
-            main([*arguments, "--out", str(out)])
-    assert partial_folder(out).exists()
-    before = (out / "config.json").stat().st_mtime_ns
-    assert main([*arguments, "--out", str(out)]) == 0
-    assert (out / "config.json").stat().st_mtime_ns == before
-    assert contents(out) == expected
-    assert not partial_folder(out).exists()
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("convert.conversion.export_model", killed)
+        main([*arguments, "--out", str(out)])
+    assert not exported.exists()
+    written = (out / "config.json").stat().st_mtime_ns
+    command = [sys.executable, "-m", "tests.convert.killed_runs", "writes", "0", str(out), *arguments]
+    found = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=True, timeout=120)
+    result = json.loads(found.stdout)
+    assert result["code"] == 0
+    assert len(result["states"]) > LAYERS + 4
+    assert [contents(out), contents(exported)] == expected
+    assert (out / "config.json").stat().st_mtime_ns == written  # not converted again
+    assert sorted(out.parent.iterdir()) == [out, exported]
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert f"error: {out}: exists and is not empty" in capsys.readouterr().err
+    assert [contents(out), contents(exported)] == expected
