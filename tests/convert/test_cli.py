@@ -50,11 +50,13 @@ def test_convert_on_sampled_text_then_evaluate(
     assert main([*arguments, "--json", str(tmp_path / "convert.json")]) == 0
     printed = capsys.readouterr().out
     assert "cache bytes per token" in printed
-    assert "8k conversations in 80 GiB" in printed
     errors = json.loads((tmp_path / "convert.json").read_text())["quality"]["attention_errors"]
     assert f"worst layer {errors.index(max(errors))} {max(errors):.2g}" in printed
     assert f"python -m server --model {out}" in printed
     report = json.loads((tmp_path / "convert.json").read_text())
+    fit = ((80 << 30) - report["weight_bytes"]) // (64 * report["cache_bytes_per_token"])
+    (line,) = (line for line in printed.splitlines() if "conversations of 64 tokens in 80 GiB" in line)  # the context
+    assert line.endswith(f" {fit:,}")
     record = json.loads((out / "conversion.json").read_text())
     assert {key: report[key] for key in record} == record
     assert record["source"] == "source"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from convert import partial, plan
+from convert import conversion, partial, plan
 from convert.cli import main
 from convert.layer_store import LayerStore, TrialStore
 from convert.partial import partial_folder, partial_work
@@ -203,9 +203,10 @@ def test_killed_while_cleaning_up(
         left -= 1
         remove(folder)
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch:
         patch.setattr(partial, "_remove", killed)
-        main(arguments)
+        with pytest.raises(Stop):
+            main(arguments)
     assert partial_folder(out).exists()
     names = ["out", *(["out-deepseek_v3"] if options else [])]
     before = [contents(out.with_name(name)) for name in names]
@@ -229,9 +230,10 @@ def test_killed_while_exporting(
     def killed(*_: Any, **__: Any) -> None:
         raise Stop
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("convert.conversion.export_model", killed)
-        main([*arguments, "--out", str(out)])
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "export_model", killed)
+        with pytest.raises(Stop):
+            main([*arguments, "--out", str(out)])
     assert not exported.exists()
     written = (out / "config.json").stat().st_mtime_ns
     command = [sys.executable, "-m", "tests.convert.killed_runs", "writes", "0", str(out), *arguments]
