@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from convert.differentiable import mla_attention
 from convert.output_fit import fit_output
@@ -82,7 +83,8 @@ class _Task:
         generator = torch.Generator().manual_seed(self.options.seed)
         order: list[int] = []
         best, worse = start, 0
-        for step in range(1, steps + 1):
+        description = f"  fitting, learning rate {learning_rate:g}"
+        for step in tqdm(range(1, steps + 1), description, unit="step", leave=False, disable=None):
             if not order:
                 order = torch.randperm(len(self.fit), generator=generator).tolist()
             x, target = self.fit[order.pop()]
