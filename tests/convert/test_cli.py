@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +116,28 @@ def test_evaluate_against_transformers(tmp_path: Path, text: Path, adds_bos: boo
     assert report["kl"] == pytest.approx(kl / count, rel=1e-4)
     assert report["top1_agreement"] == pytest.approx(agreed / count, abs=2 / count)
     assert report["bits_per_byte"] == pytest.approx(nll[1] / math.log(2) / count, rel=1e-4)  # a byte a token
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(tmp_path: Path, source: Path, text: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    """On a terminal, with what refinement did for each layer; elsewhere nothing at all."""
+    shown = Terminal() if terminal else io.StringIO()
+    sizes = ["--kv-lora-rank", "8", "--qk-rope-head-dim", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", shown)
+        assert main(["--model", str(source), "--out", str(tmp_path / "out"), "--calibration", str(text), *sizes]) == 0
+    if not terminal:
+        assert shown.getvalue() == ""
+        return
+    last = json.loads((tmp_path / "out" / "conversion.json").read_text())["refinement"][-1]
+    errors = f"error {last['error_before']:.3g} -> {last['error_after']:.3g}"
+    assert re.search(rf"converting: 100%.* 2/2 .*{errors}", shown.getvalue())
+    assert "fitting, learning rate" in shown.getvalue()
 
 
 def test_same_seed_same_files(tmp_path: Path, source: Path) -> None:
