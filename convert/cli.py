@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _out_of_memory(error):
             raise
-        print("error: out of memory; use --device cpu, or fewer --calibration-tokens", file=sys.stderr)
+        print(
+            "error: out of memory; use --device cpu, or less text (--calibration-tokens) or shorter windows (--window)",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -60,14 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_convert(arguments: Sequence[str]) -> None:
     args = convert_parser().parse_args(arguments)
     check_json_target(args.json)
-    sizes = MethodRequest(
-        args.method, args.cache_ratio, args.kv_lora_rank, args.qk_rope_head_dim, args.freqfold, args.partial_rope,
-        args.svd,
-    )  # fmt: skip
+    method = MethodRequest(
+        method=args.method,
+        cache_ratio=args.cache_ratio,
+        kv_lora_rank=args.kv_lora_rank,
+        qk_rope_head_dim=args.qk_rope_head_dim,
+        freqfold=args.freqfold,
+        partial_rope=args.partial_rope,
+        svd=args.svd,
+    )
     request = ConversionRequest(
         source=local_folder(args.model),
         out=args.out,
-        method=sizes,
+        method=method,
         calibration_files=tuple(args.calibration),
         calibration_tokens=args.calibration_tokens,
         dtype=args.dtype,

@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from convert.joint import JointOptions, check_joint, refine_jointly
 from convert.layer_store import LayerStore, TrialStore
 from convert.memory import peak_memory, weight_bytes
 from convert.methods import LayerMethod, learn_nothing
-from convert.partial import EXPORT, PartialWork, folder_state, is_placed, partial_folder, partial_work, say
+from convert.partial import EXPORT, PartialWork, folder_state, is_placed, partial_folder, partial_work, say, versions
 from convert.pipeline import Converted, Precision, Refinement, Store, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
 from convert.refine import RefineOptions
@@ -131,7 +130,7 @@ def request_fingerprint(request: ConversionRequest, source: Checkpoint, precisio
         "state of the source": folder_state(source.path),
         "calibration text": texts,
         "device": str(precision.device),
-        "version": _versions(),
+        "version": versions(),
     } | json.loads(json.dumps({name.replace("_", " "): value for name, value in said.items()}))
 
 
@@ -212,7 +211,7 @@ def _described(spec: ModelSpec, source: ModelSpec) -> dict[str, Any]:
         "layers": [_sizes(layer) for layer in spec.layers],
         "cache_bytes_per_token": _cache_bytes(spec),
         "source_cache_bytes_per_token": _cache_bytes(source),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -309,11 +308,3 @@ def _sizes(layer: LayerSpec) -> dict[str, int]:
 
 def _cache_bytes(spec: ModelSpec) -> int:
     return spec.cache_bytes_per_token(DTYPES[spec.dtype].itemsize)
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = version("mla-server")
-    except PackageNotFoundError:  # run from a source tree
-        own = "uninstalled"
-    return {"torch": str(torch.__version__), "mla-server": own}

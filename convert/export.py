@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from convert.errors import ConversionError
-from convert.partial import folder_state, is_placed, partial_work
+from convert.partial import folder_state, is_placed, partial_work, versions
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.layout import stored_name
 from engine.checkpoint.mla_format import format_config
@@ -68,7 +68,9 @@ def check_exportable(spec: ModelSpec) -> None:
     """Raises ConversionError, with the reason, where a model, or one converted from it, is no DeepSeek-V3."""
 
     def refuse(reason: str) -> None:
-        raise ConversionError(f"--export deepseek_v3 is not possible: {reason}; leave it out")
+        raise ConversionError(
+            f"{FORMATS[0]} cannot hold this model: {reason}; leave out --export, and serve it as it is"
+        )
 
     if spec.dtype == "float16":
         refuse("float16 has no room for the latent's norm; convert with --dtype bfloat16")
@@ -271,6 +273,7 @@ def export_model(model: Path, out: Path, *, overwrite: bool = False, latent_eps:
         "model": str(source.path.resolve()),
         "state of the model": folder_state(source.path),
         "latent norm eps": latent_eps,
+        "version": versions(),
     }
     placed = is_placed(out, request)
     if not placed:
@@ -292,8 +295,8 @@ def export_model(model: Path, out: Path, *, overwrite: bool = False, latent_eps:
 
 
 @torch.inference_mode()
-def _write(source: Checkpoint, s: Shapes, config: dict[str, Any], out: Path, work: Path, eps: float) -> None:
-    """`work`: a folder beside `out`, with what an earlier process wrote."""
+def _write(source: Checkpoint, s: Shapes, written: dict[str, Any], out: Path, work: Path, eps: float) -> None:
+    """`written`: config.json; `work`: a folder beside `out`, with the layers that an earlier process finished."""
     spec = source.spec
     shards = ShardWriter(work / "shards", len(spec.layers), spec.dtype)
     if 0 not in shards.written:
@@ -308,6 +311,6 @@ def _write(source: Checkpoint, s: Shapes, config: dict[str, Any], out: Path, wor
         made |= {f"self_attn.{n}": t for n, t in inner.items()}
         shards.write(i + 1, {stored_name(name, i): t for name, t in made.items()})
     folder = shards.gather(work)
-    (folder / "config.json").write_text(format_config(config))
+    (folder / "config.json").write_text(format_config(written))
     copy_side_files(source, folder)
     place(folder, out, work)

@@ -1,4 +1,4 @@
-"""What a conversion has finished, kept beside its output so that the same command goes on after a kill at any point.
+"""What a command has finished, kept beside its output so that the same command goes on after a kill at any point.
 
 Invariant: every file in the folder is whole; the folder belongs to one request, and to one process at a time.
 """
@@ -13,9 +13,11 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from convert.errors import ConversionError
@@ -24,11 +26,11 @@ from engine.checkpoint.writer import PLACING, restore
 from engine.errors import EngineError, OutputError
 
 LOCK, REQUEST = "lock", "request.json"
-EXPORT = "export"  # kept under this name: that the result is in its place and is being exported
+EXPORT = "export"  # kept under this name once the output is in its place and an export of it begins
 
 
 def partial_folder(out: Path) -> Path:
-    """Where the unfinished conversion to `out` is kept."""
+    """Where what is not finished of `out` is kept."""
     out = out.resolve()
     return out.with_name(f".{out.name}.partial")
 
@@ -46,6 +48,15 @@ def folder_state(folder: Path) -> list[list[int]]:
     """Sizes and times of its files: what has changed has another."""
     files = [path.stat() for path in sorted(folder.iterdir()) if path.is_file()]
     return [[file.st_size, file.st_mtime_ns] for file in files]
+
+
+def versions() -> dict[str, str]:
+    """Of what the result depends on: another may compute otherwise."""
+    try:
+        own = version("mla-server")
+    except PackageNotFoundError:  # run from a source tree
+        own = "uninstalled"
+    return {"torch": str(torch.__version__), "mla-server": own}
 
 
 class PartialWork:
@@ -106,7 +117,7 @@ def _locked(folder: Path, out: Path) -> int:
         except OSError as error:
             os.close(handle)
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ConversionError(f"{out}: another process is converting to it; wait for it or stop it") from None
+                raise ConversionError(f"{out}: another process is writing to it; wait for it or stop it") from None
             raise
         os.close(handle)
 

@@ -388,11 +388,10 @@ def test_one_token_without_bos_cannot_be_evaluated(tmp_path: Path, capsys: pytes
     assert_fails(main(["evaluate", *arguments]), capsys, "too short")
 
 
-@pytest.mark.parametrize("command", [[], ["evaluate"], ["compare"]])
+@pytest.mark.parametrize("command", [[], ["evaluate"], ["compare"], ["export"]])
 def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert "--model" in printed
-    assert "evaluate" in printed
+    assert f"usage: {' '.join(['python -m convert', *command])} [-h] --model" in printed

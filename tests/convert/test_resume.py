@@ -159,7 +159,7 @@ def test_a_second_process_is_refused(tmp_path: Path, arguments: list[str], capsy
     with partial_work(out, {"request": 1}, "none") as (work, _):
         work.keep("mine", 1)
         assert main([*arguments, "--out", str(out)]) == 2
-        assert f"error: {out}: another process is converting to it" in capsys.readouterr().err
+        assert f"error: {out}: another process is writing to it" in capsys.readouterr().err
         assert work.read("mine") == 1
     assert not partial_folder(out).exists()
 
