@@ -6,7 +6,6 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from convert.compare import CACHE_RATIOS, CompareRequest, compare
 from convert.compare import METHODS as COMPARED
 from convert.conversion import CALIBRATION_TOKENS, REFINEMENTS, ConversionRequest, convert
 from convert.evaluate import DEFAULT_WINDOW, EvaluationRequest, evaluate
-from convert.export import FORMATS, LATENT_EPS, check_exportable, export_folder, export_model
+from convert.export import FORMATS, LATENT_EPS, export_model
 from convert.methods import mha2mla
 from convert.plan import DEFAULT_CACHE_RATIO, DEFAULT_METHOD, METHODS, MethodRequest
 from convert.plots import check_plot_target, plot_comparison, plot_evaluation
@@ -27,8 +26,6 @@ from convert.report import (
     export_summary,
     write_json,
 )
-from engine.checkpoint import open_checkpoint
-from engine.checkpoint.writer import check_output
 from engine.errors import EngineError
 from engine.hub import local_folder
 from engine.model.load import DTYPES
@@ -52,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _out_of_memory(error):
             raise
-        print("error: out of memory; use --device cpu, or fewer --calibration-tokens", file=sys.stderr)
+        print(
+            "error: out of memory; use --device cpu, or less text (--calibration-tokens) or shorter windows (--window)",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -63,14 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_convert(arguments: Sequence[str]) -> None:
     args = convert_parser().parse_args(arguments)
     check_json_target(args.json)
-    sizes = MethodRequest(
-        args.method, args.cache_ratio, args.kv_lora_rank, args.qk_rope_head_dim, args.freqfold, args.partial_rope,
-        args.svd,
-    )  # fmt: skip
+    method = MethodRequest(
+        method=args.method,
+        cache_ratio=args.cache_ratio,
+        kv_lora_rank=args.kv_lora_rank,
+        qk_rope_head_dim=args.qk_rope_head_dim,
+        freqfold=args.freqfold,
+        partial_rope=args.partial_rope,
+        svd=args.svd,
+    )
     request = ConversionRequest(
         source=local_folder(args.model),
         out=args.out,
-        method=sizes,
+        method=method,
         calibration_files=tuple(args.calibration),
         calibration_tokens=args.calibration_tokens,
         dtype=args.dtype,
@@ -78,16 +83,12 @@ def run_convert(arguments: Sequence[str]) -> None:
         refine=args.refine,
         seed=args.seed,
         overwrite=args.overwrite,
+        export=args.export,
     )
-    if args.export is not None:
-        spec = open_checkpoint(request.source).spec
-        check_exportable(replace(spec, dtype=spec.dtype if args.dtype == "auto" else args.dtype))
-        check_output(export_folder(args.out), request.source, args.overwrite)
     report = convert(request)
     print(conversion_summary(report, args.model))
-    if args.export is not None:
-        target = export_folder(args.out)
-        print(export_summary(export_model(args.out, target, overwrite=args.overwrite)))
+    if "export" in report:
+        print(export_summary(report["export"]))
     write_json(args.json, report)
 
 
@@ -148,8 +149,10 @@ def convert_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Convert a model with grouped-query attention (GQA) to multi-head latent attention (MLA).\n"
         "Its cache then holds, per token and layer, one latent of --kv-lora-rank numbers and one rotated key\n"
-        "of --qk-rope-head-dim numbers that all heads share, in place of every KV head's key and value.",
-        epilog="methods:\n" + "\n".join(f"  {name:11} {text}" for name, text in METHODS.items()) + "\n\nexamples:\n"
+        "of --qk-rope-head-dim numbers that all heads share, in place of every KV head's key and value.\n\n"
+        "Stopped at any point, the same command goes on from there. What the conversion cost is measured on\n"
+        "text held out of the calibration, printed, and kept in DIR/conversion.json.",
+        epilog=f"{_method_list()}\n\nexamples:\n"
         "  python -m convert --model ./llama --out ./mla --cache-ratio 0.28 --calibration book.txt\n"
         "  python -m convert --model ./llama --out ./mla --kv-lora-rank 448 --qk-rope-head-dim 128\n"
         "  python -m convert evaluate --model ./mla --reference ./llama --text other.txt\n"
@@ -158,64 +161,82 @@ def convert_parser() -> argparse.ArgumentParser:
         "`python -m convert compare --help` how methods are compared.",
     )
     add = parser.add_argument
-    add(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="SRC",
-        help="the GQA checkpoint: a Hugging Face folder, or org/name on the hub",
-    )
+    add("--model", type=Path, required=True, metavar="SRC",
+        help="the GQA checkpoint: a Hugging Face folder, or org/name on the hub")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; it appears only once it is complete")
-    add("--method", choices=METHODS, default=DEFAULT_METHOD, help="see below (default: %(default)s)")
-    what = "; ".join(f"{name}: {text}" for name, text in REFINEMENTS.items())
-    add("--refine", choices=REFINEMENTS, default="layer", help=f"{what} (default: %(default)s; exact is never refined)")
-    size = parser.add_argument_group("size of the cache (one of the two; more is better quality)")
-    size.add_argument(
-        "--cache-ratio", type=float, metavar="X",
-        help=f"cache per token as a fraction of the source's, split for you (default: {DEFAULT_CACHE_RATIO})",
+    add("--overwrite", action="store_true", help="replace a checkpoint that is in DIR already")
+    add("--export", choices=FORMATS,
+        help="also write the result as a checkpoint of this kind, beside DIR; see "
+        "`python -m convert export --help`")  # fmt: skip
+    add("--dtype", choices=DTYPE_CHOICES, default="auto", help="of the weights written (default: as in the source)")
+    _add_common(parser)
+    _add_method(parser)
+    _add_sizes(parser)
+    _add_method_options(parser)
+    _add_calibration(parser, None)
+    return parser
+
+
+def _method_list() -> str:
+    return "methods:\n" + "\n".join(f"  {name:11} {text}" for name, text in METHODS.items())
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to convert")
+    group.add_argument("--method", choices=METHODS, default=DEFAULT_METHOD, help="see below (default: %(default)s)")
+    steps = "; ".join(f"{name}: {text}" for name, text in REFINEMENTS.items())
+    group.add_argument(
+        "--refine", choices=REFINEMENTS, default="layer",
+        help=f"what follows the method. {steps} (default: %(default)s; exact is never refined)",
     )  # fmt: skip
-    size.add_argument("--kv-lora-rank", type=int, metavar="R", help="numbers in the latent")
-    size.add_argument(
-        "--qk-rope-head-dim",
-        type=int,
-        metavar="DR",
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("size of the cache (a ratio or both sizes; more is better quality)")
+    group.add_argument(
+        "--cache-ratio", type=float, metavar="X",
+        help="cache per token as a fraction of the source's; how it is split between latent and rotated key is chosen "
+        f"for you (default: {DEFAULT_CACHE_RATIO})",
+    )  # fmt: skip
+    group.add_argument("--kv-lora-rank", type=int, metavar="R", help="numbers in the latent")
+    group.add_argument(
+        "--qk-rope-head-dim", type=int, metavar="DR",
         help="numbers in the shared rotated key; transmla, care: a divisor of the head size; mha2mla: for each KV head",
-    )
-    options = parser.add_argument_group(
+    )  # fmt: skip
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
         "options of a method (left out, several are tried, and the one nearest to the source on held-out calibration "
         "text is kept)"
     )
-    options.add_argument(
+    group.add_argument(
         "--freqfold", type=_freqfold, default=None, metavar="F|auto",
         help="transmla, care: how many neighbouring RoPE frequencies are treated as one",
     )  # fmt: skip
-    options.add_argument(
+    group.add_argument(
         "--partial-rope", choices=mha2mla.PARTIAL_ROPE,
         help="mha2mla: which pairs of channels keep RoPE: the fastest, the slowest, evenly spaced, or those with the "
         "longest queries and keys",
     )  # fmt: skip
-    options.add_argument(
-        "--svd", choices=mha2mla.SVD,
-        help="mha2mla: one low rank of keys and values together, or one of each",
-    )  # fmt: skip
-    text = parser.add_argument_group("calibration")
-    text.add_argument(
+    group.add_argument(
+        "--svd", choices=mha2mla.SVD, help="mha2mla: one low rank of keys and values together, or one of each"
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser, tokens: int | None) -> None:
+    """`tokens`: what is parsed where none are given."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
         "--calibration", type=Path, nargs="+", default=[], metavar="FILE.txt",
-        help="text like what the model will be used for (default: text sampled from the source model itself)",
+        help="text to learn from and to choose options on, like what the model will be used for (default: text sampled "
+        "from the source model itself)",
     )  # fmt: skip
-    text.add_argument(
-        "--calibration-tokens", type=int, metavar="N",
+    group.add_argument(
+        "--calibration-tokens", type=int, metavar="N", default=tokens,
         help=f"tokens to learn from; a quarter more are held out (default: {CALIBRATION_TOKENS}, or all there are)",
     )  # fmt: skip
-    add("--dtype", choices=DTYPE_CHOICES, default="auto", help="of the weights written (default: as in the source)")
-    add(
-        "--export", choices=FORMATS,
-        help="also write the result as a checkpoint of this kind, beside DIR; see `python -m convert export --help`",
-    )  # fmt: skip
-    _add_common(parser)
-    add("--seed", type=int, default=0, help="of sampling and of the order of the text (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace a checkpoint that is in DIR already")
-    return parser
+    group.add_argument("--seed", type=int, default=0, help="of sampling and of the order of the text (default: 0)")
 
 
 def export_parser() -> argparse.ArgumentParser:
@@ -274,7 +295,7 @@ def compare_parser() -> argparse.ArgumentParser:
         "FreqFold, which channels keep RoPE, ...): all are tried, and the one nearest to the source on\n"
         "calibration text that was held out is taken. --text is measured on, and must be another text.\n"
         "`python -m convert evaluate --help` says more of how a text is measured on.",
-        epilog="methods:\n" + "\n".join(f"  {name:11} {text}" for name, text in METHODS.items()) + "\n\nexample:\n"
+        epilog=f"{_method_list()}\n\nexample:\n"
         "  python -m convert compare --model ./llama --cache-ratios 0.5 0.25 --calibration book.txt \\\n"
         "      --text other.txt --json compare.json --plot compare.png",
     )
@@ -287,19 +308,11 @@ def compare_parser() -> argparse.ArgumentParser:
         help="cache per token as a fraction of the source's; a method that cannot make one says why "
         f"(default: {' '.join(f'{ratio:g}' for ratio in CACHE_RATIOS)})",
     )  # fmt: skip
-    add(
-        "--calibration", type=Path, nargs="+", default=[], metavar="FILE.txt",
-        help="text to learn from and to choose options on (default: text sampled from the source model itself)",
-    )  # fmt: skip
-    add(
-        "--calibration-tokens", type=int, metavar="N", default=CALIBRATION_TOKENS,
-        help="tokens to learn from; a quarter more are held out (default: %(default)s, or all there are)",
-    )  # fmt: skip
     add("--refine", choices=("none", "layer"), default="none", help="of every method's layers (default: %(default)s)")
     _add_window(parser)
     _add_common(parser)
     _add_plot(parser, "KL against cache size, and by position")
-    add("--seed", type=int, default=0, help="of sampling and of the order of the text (default: %(default)s)")
+    _add_calibration(parser, CALIBRATION_TOKENS)
     return parser
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from torch import Tensor
 from convert import calibration
 from convert.calibration import Calibration
 from convert.errors import ConversionError
+from convert.export import check_exportable, export_folder, export_model
 from convert.joint import JointOptions, check_joint, refine_jointly
 from convert.layer_store import LayerStore, TrialStore
 from convert.memory import peak_memory, weight_bytes
 from convert.methods import LayerMethod, learn_nothing
-from convert.partial import PartialWork, is_placed, partial_work, say
-from convert.pipeline import Precision, Refinement, sweep
+from convert.partial import EXPORT, PartialWork, folder_state, is_placed, partial_folder, partial_work, say, versions
+from convert.pipeline import Converted, Precision, Refinement, Store, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
 from convert.refine import RefineOptions
 from convert.survey import settle
@@ -58,11 +58,12 @@ class ConversionRequest:
     refine: str = "layer"  # one of REFINEMENTS; an exact conversion is never refined
     seed: int = 0
     overwrite: bool = False
+    export: str | None = None  # one of export.FORMATS: written as well, to `export_folder(out)`
 
 
 @torch.inference_mode()
 def convert(request: ConversionRequest) -> dict[str, Any]:
-    """Convert and write; -> what conversion.json says, and sizes.
+    """Convert and write, and export what was written; -> what conversion.json says, sizes, and the export's report.
 
     Raises EngineError. What an interrupted conversion had finished stays in `partial_folder(request.out)`; the same
     request goes on from there, to the same result bit by bit.
@@ -78,6 +79,8 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
     placed = is_placed(request.out, fingerprint)
     if not placed:
         check_output(request.out, source.path, request.overwrite)
+    begun = placed and PartialWork(partial_folder(request.out)).read(EXPORT) is not None
+    _check_export(request, source, precision, begun)
     with partial_work(request.out, fingerprint, CALIBRATION) as (work, differing):
         if differing:
             say(f"starting over: {work.folder} was begun with another {', '.join(differing)}")
@@ -85,11 +88,33 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
             text = _calibration(work, request, source, tokens)
             best, trials = _choice(work, source, text, ways, precision)
             _write(work, request, source, text, best, trials, precision)
+        exported = _export(work, request, begun)
+    return _report(request, source) | exported | {"seconds": time.monotonic() - began}
+
+
+def _check_export(request: ConversionRequest, source: Checkpoint, precision: Precision, begun: bool) -> None:
+    """Before any work. `begun`: by an earlier process, so that what is there may be what this request put there."""
+    if request.export is not None:
+        check_exportable(replace(source.spec, dtype=dtype_name(precision.stored)))
+        if not begun:
+            check_output(export_folder(request.out), source.path, request.overwrite)
+
+
+def _export(work: PartialWork, request: ConversionRequest, begun: bool) -> dict[str, Any]:
+    """While the partial work is there still: the same command after a kill finds the conversion done and exports it."""
+    if request.export is None:
+        return {}
+    work.keep(EXPORT, request.export)
+    target = export_folder(request.out)
+    return {"export": export_model(request.out, target, overwrite=request.overwrite or begun)}
+
+
+def _report(request: ConversionRequest, source: Checkpoint) -> dict[str, Any]:
     return read_json_object(request.out / "conversion.json") | {
         "out": str(request.out),
+        "context": source.spec.max_position_embeddings,
         "weight_bytes": weight_bytes(open_checkpoint(request.out).spec),
         "source_weight_bytes": weight_bytes(source.spec),
-        "seconds": time.monotonic() - began,
         "peak_memory_bytes": peak_memory(),
     }
 
@@ -97,16 +122,15 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
 def request_fingerprint(request: ConversionRequest, source: Checkpoint, precision: Precision) -> dict[str, Any]:
     """All that decides what is written, as JSON. Raises ConversionError where a calibration file is no text."""
     said = asdict(request)
-    for name in ("source", "out", "overwrite", "calibration_files", "device"):
+    for name in ("source", "out", "overwrite", "export", "calibration_files", "device"):
         del said[name]
-    files = [path.stat() for path in sorted(source.path.iterdir()) if path.is_file()]
     texts = [hashlib.sha256(read_text(path).encode()).hexdigest() for path in request.calibration_files]
     return {
         "source": str(source.path.resolve()),
-        "state of the source": [[file.st_size, file.st_mtime_ns] for file in files],
+        "state of the source": folder_state(source.path),
         "calibration text": texts,
         "device": str(precision.device),
-        "version": _versions(),
+        "version": versions(),
     } | json.loads(json.dumps({name.replace("_", " "): value for name, value in said.items()}))
 
 
@@ -156,40 +180,39 @@ def _write(
             writer.add_outer(source.outer())
         layers = LayerStore(work, writer, spec)
         refinement = _refinement(request, text)
-        record: dict[str, Any] = {}
+        refined: dict[str, Any] = {}
         if refinement is not None and request.refine == "joint":
-            best, record = _jointly(request, source, text, best, precision, refinement)
+            best, refined = _jointly(request, source, text, best, precision, refinement)
             refinement = None  # has taken place
-        result = sweep(source, text.fit, text.check, [best], precision, layers.add, done=layers, refinement=refinement)[
-            0
-        ]
+        (result,) = sweep(source, text.fit, text.check, [best], precision, layers, refinement=refinement)
         if refinement is not None:
-            record = {"refinement": layers.measured("refinement")}
-        spec = replace(spec, layers=layers.specs())
-        quality = {**result.report(), "tokens": result.tokens, "attention_errors": layers.measured("attention_error")}
-        writer.finish(
-            {
-                "source": source.path.resolve().name,
-                "method": request.method.method,
-                "options": {
-                    **asdict(request.method),
-                    **best.options,
-                    "dtype": spec.dtype,
-                    "seed": request.seed,
-                    "refine": request.refine if record else "none",
-                },
-                "trials": trials,
-                "calibration": text.record,
-                "warnings": _warnings(text, source),
-                "quality": quality,
-                "refinement": None,
-                **record,
-                "layers": [_sizes(layer) for layer in spec.layers],
-                "cache_bytes_per_token": _cache_bytes(spec),
-                "source_cache_bytes_per_token": _cache_bytes(source.spec),
-                "versions": _versions(),
-            }
-        )
+            refined = {"refinement": layers.measured("refinement")}
+        others = {"dtype": spec.dtype, "seed": request.seed, "refine": request.refine if refined else "none"}
+        record = {
+            "source": source.path.resolve().name,
+            "method": request.method.method,
+            "options": asdict(request.method) | best.options | others,
+            "trials": trials,
+            "calibration": text.record,
+            "warnings": _warnings(text, source),
+            "quality": {
+                **result.report(),
+                "tokens": result.tokens,
+                "attention_errors": layers.measured("attention_error"),
+            },
+            "refinement": None,
+        }
+        writer.finish(record | refined | _described(replace(spec, layers=layers.specs()), source.spec))
+
+
+def _described(spec: ModelSpec, source: ModelSpec) -> dict[str, Any]:
+    """What the converted model came to, and what made it."""
+    return {
+        "layers": [_sizes(layer) for layer in spec.layers],
+        "cache_bytes_per_token": _cache_bytes(spec),
+        "source_cache_bytes_per_token": _cache_bytes(source),
+        "versions": versions(),
+    }
 
 
 def _choose(
@@ -199,8 +222,7 @@ def _choose(
     if len(tried) == 1:
         return tried[0], []
     description = f"choosing among {len(tried)}"
-    results = sweep(source, text.fit, text.select, tried, precision, description=description, trials=store,
-                    fit_outputs=False)  # fmt: skip
+    results = sweep(source, text.fit, text.select, tried, precision, store, description, fit_outputs=False)
     trials = [
         {**c.options, "kl": r.kl, "perplexity": r.report()["perplexity"]} for c, r in zip(tried, results, strict=True)
     ]
@@ -226,21 +248,27 @@ def _jointly(
 
     Nothing is kept until it is done: an interrupted run does it again, to the same end.
     """
-    layers: list[tuple[LayerSpec, dict[str, Tensor]]] = []
-    records: list[dict[str, Any]] = []
-
-    def stage(layer: LayerSpec, tensors: dict[str, Tensor], measured: dict[str, Any]) -> None:
-        layers.append((layer, tensors))
-        records.append(measured["refinement"])
-
-    sweep(source, text.fit, text.check, [best], precision, stage, "refining", refinement=refinement)
-    joint = JointOptions(seed=request.seed)
-    tuned, record = refine_jointly(source, layers, text.fit, text.select, precision, joint)
+    staged = _Staged()
+    sweep(source, text.fit, text.check, [best], precision, staged, "refining", refinement=refinement)
+    options = JointOptions(seed=request.seed)
+    tuned, record = refine_jointly(source, staged.layers, text.fit, text.select, precision, options)
     methods = []
-    for (layer, _), tensors in zip(layers, tuned, strict=True):
+    for (layer, _), tensors in zip(staged.layers, tuned, strict=True):
         assert isinstance(layer.attention, MLASpec)  # a method makes nothing else
         methods.append(_made(layer.attention, tensors))
-    return Candidate(best.options, tuple(methods), best.cached), {"refinement": records, "joint": record}
+    return Candidate(best.options, tuple(methods), best.cached), {"refinement": staged.records, "joint": record}
+
+
+class _Staged(Store):
+    """Holds the layers of one candidate, their specs and all their tensors, in memory."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[LayerSpec, dict[str, Tensor]]] = []
+        self.records: list[dict[str, Any] | None] = []
+
+    def keep(self, _candidate: int, _layer: int, made: Converted) -> None:
+        self.layers.append((made.spec, made.tensors()))
+        self.records.append(made.refinement)
 
 
 def _made(spec: MLASpec, tensors: dict[str, Tensor]) -> LayerMethod[None]:
@@ -280,11 +308,3 @@ def _sizes(layer: LayerSpec) -> dict[str, int]:
 
 def _cache_bytes(spec: ModelSpec) -> int:
     return spec.cache_bytes_per_token(DTYPES[spec.dtype].itemsize)
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = version("mla-server")
-    except PackageNotFoundError:  # run from a source tree
-        own = "uninstalled"
-    return {"torch": str(torch.__version__), "mla-server": own}

@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 Tensors = dict[str, Tensor]
 Example = TypeVar("Example")
@@ -74,7 +75,8 @@ def _run(problem: Problem[Example], start: State, learning_rate: float, steps: i
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     best, worse = start, 0
-    for step in range(1, steps + 1):
+    description = f"  fitting, learning rate {learning_rate:g}"
+    for step in tqdm(range(1, steps + 1), description, unit="step", leave=False, disable=None):
         if not order:
             order = torch.randperm(len(problem.examples), generator=generator).tolist()
         optimiser.zero_grad()

@@ -18,8 +18,6 @@ Padding costs cache and nothing else. The result is exact but for rounding to th
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from convert.errors import ConversionError
+from convert.partial import folder_state, is_placed, partial_work, versions
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.layout import stored_name
 from engine.checkpoint.mla_format import format_config
@@ -37,6 +37,7 @@ from engine.checkpoint.shards import ShardWriter, output_errors
 from engine.checkpoint.writer import check_output, copy_side_files, place
 from engine.model.load import DTYPES
 from engine.spec import GatedMLPSpec, GQASpec, LayerSpec, MLASpec, ModelSpec
+from engine.tensor_map import under
 
 FORMATS = ("deepseek_v3",)
 LATENT_EPS = 1e-6  # of transformers' class, whatever rms_norm_eps says
@@ -67,7 +68,9 @@ def check_exportable(spec: ModelSpec) -> None:
     """Raises ConversionError, with the reason, where a model, or one converted from it, is no DeepSeek-V3."""
 
     def refuse(reason: str) -> None:
-        raise ConversionError(f"--export deepseek_v3 is not possible: {reason}; leave it out")
+        raise ConversionError(
+            f"{FORMATS[0]} cannot hold this model: {reason}; leave out --export, and serve it as it is"
+        )
 
     if spec.dtype == "float16":
         refuse("float16 has no room for the latent's norm; convert with --dtype bfloat16")
@@ -257,7 +260,8 @@ def export_folder(out: Path) -> Path:
 def export_model(model: Path, out: Path, *, overwrite: bool = False, latent_eps: float = LATENT_EPS) -> dict[str, Any]:
     """Write the converted model in folder `model` to `out`, which appears whole or not at all; -> what it became.
 
-    `latent_eps`: of the RMSNorms within attention, in the engine that is to load it. Raises EngineError.
+    `latent_eps`: of the RMSNorms within attention, in the engine that is to load it. Raises EngineError. The same call
+    after a kill goes on from the layers that were written.
     """
     if not 0 < latent_eps < 1:
         raise ConversionError(f"--latent-norm-eps {latent_eps:g} is out of range: it must be between 0 and 1")
@@ -265,40 +269,48 @@ def export_model(model: Path, out: Path, *, overwrite: bool = False, latent_eps:
     check_exportable(source.spec)
     if source.spec.attention_kind != "mla":
         raise ConversionError(f"{model}: is not converted yet; convert it first")
-    check_output(out, source.path, overwrite)
-    out = out.resolve()
-    with output_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        with output_errors(out):
-            return _write(source, out, work, latent_eps)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    request = {
+        "model": str(source.path.resolve()),
+        "state of the model": folder_state(source.path),
+        "latent norm eps": latent_eps,
+        "version": versions(),
+    }
+    placed = is_placed(out, request)
+    if not placed:
+        check_output(out, source.path, overwrite)
+    s = shapes(source.spec)
+    written = config(source, s)
+    with partial_work(out, request, None) as (work, _):
+        if not placed:
+            with output_errors(out):
+                _write(source, s, written, out.resolve(), work.folder, latent_eps)
+    itemsize = DTYPES[source.spec.dtype].itemsize
+    return {
+        "out": str(out.resolve()),
+        "format": FORMATS[0],
+        "rope": written["rope_scaling"]["rope_type"] if written["rope_scaling"] else "default",
+        "cache_bytes_per_token": itemsize * len(source.spec.layers) * (s.rank + s.rope),
+        "source_cache_bytes_per_token": source.spec.cache_bytes_per_token(itemsize),
+    }
 
 
 @torch.inference_mode()
-def _write(source: Checkpoint, out: Path, work: Path, eps: float) -> dict[str, Any]:
-    spec, s = source.spec, shapes(source.spec)
+def _write(source: Checkpoint, s: Shapes, written: dict[str, Any], out: Path, work: Path, eps: float) -> None:
+    """`written`: config.json; `work`: a folder beside `out`, with the layers that an earlier process finished."""
+    spec = source.spec
     shards = ShardWriter(work / "shards", len(spec.layers), spec.dtype)
-    shards.write(0, {stored_name(name): t for name, t in source.outer().items()})
-    for i, layer in enumerate(spec.layers):
+    if 0 not in shards.written:
+        shards.write(0, {stored_name(name): t for name, t in source.outer().items()})
+    for i, layer in enumerate(tqdm(spec.layers, "exporting", unit="layer", disable=None)):
+        if i + 1 in shards.written:
+            continue
         assert isinstance(layer.attention, MLASpec)  # checked by export_model
         tensors = dict(source.layer(i))
-        inner = {n.removeprefix("self_attn."): t for n, t in tensors.items() if n.startswith("self_attn.")}
         made = {n: t for n, t in tensors.items() if not n.startswith("self_attn.")}
-        made |= {f"self_attn.{n}": t for n, t in attention(layer.attention, inner, s, eps).items()}
+        inner = attention(layer.attention, dict(under(tensors, "self_attn.")), s, eps)
+        made |= {f"self_attn.{n}": t for n, t in inner.items()}
         shards.write(i + 1, {stored_name(name, i): t for name, t in made.items()})
     folder = shards.gather(work)
-    written = config(source, s)
     (folder / "config.json").write_text(format_config(written))
     copy_side_files(source, folder)
     place(folder, out, work)
-    itemsize = DTYPES[spec.dtype].itemsize
-    return {
-        "out": str(out),
-        "format": FORMATS[0],
-        "rope": written["rope_scaling"]["rope_type"] if written["rope_scaling"] else "default",
-        "cache_bytes_per_token": itemsize * len(spec.layers) * (s.rank + s.rope),
-        "source_cache_bytes_per_token": spec.cache_bytes_per_token(itemsize),
-    }

@@ -9,10 +9,8 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from convert.partial import PartialWork
-from convert.pipeline import StoredAttention
+from convert.pipeline import Converted, Store, StoredAttention
 from engine.checkpoint import CheckpointWriter
 from engine.checkpoint.mla_format import config_from_spec, spec_from_config
 from engine.checkpoint.shards import ShardWriter, output_errors
@@ -23,8 +21,8 @@ ATTENTION = "self_attn."
 TRIALS = "trials"
 
 
-class LayerStore:
-    """Layers are added in order; `spec` says all else of the model."""
+class LayerStore(Store):
+    """The layers of one candidate; `spec` says all else of the model."""
 
     def __init__(self, work: PartialWork, writer: CheckpointWriter, spec: ModelSpec) -> None:
         self._work = work
@@ -32,22 +30,20 @@ class LayerStore:
         self._spec = spec
         self._layers = range(len(spec.layers))
 
-    def add(self, layer: LayerSpec, tensors: dict[str, Tensor], measured: dict[str, Any]) -> None:
-        """The first layer that is not finished. Raises OutputError, CheckpointError for tensors that are not finite."""
-        index = next(i for i in self._layers if not self._writer.has(i))
-        self._work.keep(_name(index), {"config": _config(self._spec, layer), "measured": measured})
-        self._writer.add_layer(index, tensors, layer)
-
     def has(self, _candidate: int, layer: int) -> bool:
-        """Whether it was added, by this process or an earlier one. There is one candidate."""
         return self._writer.has(layer)
 
     def read(self, _candidate: int, layer: int) -> StoredAttention:
-        """A layer's attention."""
         spec = self._layer(layer)
         assert isinstance(spec.attention, MLASpec)  # nothing else is written
         tensors = self._writer.read_layer(layer, spec, ATTENTION)
         return spec.attention, {name.removeprefix(ATTENTION): t for name, t in tensors.items()}
+
+    def keep(self, _candidate: int, layer: int, made: Converted) -> None:
+        """Raises OutputError, CheckpointError for tensors that are not finite."""
+        measured = {"attention_error": made.attention_error(), "refinement": made.refinement}
+        self._work.keep(_name(layer), {"config": _config(self._spec, made.spec), "measured": measured})
+        self._writer.add_layer(layer, made.tensors(), made.spec)
 
     def specs(self) -> tuple[LayerSpec, ...]:
         return tuple(self._layer(i) for i in self._layers)
@@ -60,7 +56,7 @@ class LayerStore:
         return _from_config(self._work.read(_name(index))["config"])
 
 
-class TrialStore:
+class TrialStore(Store):
     """The attention of every candidate's layers while one is chosen; `discard` when it is.
 
     Invariant: an attention whose tensors are there is finished, and its spec is there.
@@ -76,10 +72,10 @@ class TrialStore:
             self._records = PartialWork(self._folder)
             self._shards = [ShardWriter(self._folder / str(i), len(spec.layers), spec.dtype) for i in range(candidates)]
 
-    def keep(self, candidate: int, layer: int, attention: StoredAttention) -> None:
+    def keep(self, candidate: int, layer: int, made: Converted) -> None:
         """Raises OutputError, CheckpointError for tensors that are not finite."""
-        mla, tensors = attention
-        config = _config(self._spec, replace(self._spec.layers[layer], attention=mla))
+        tensors = made.attention[1]
+        config = _config(self._spec, made.spec)
         self._records.keep(f"{candidate}-{_name(layer)}", {"config": config, "tensors": list(tensors)})
         with output_errors(self._folder):
             try:

@@ -1,4 +1,4 @@
-"""What a conversion has finished, kept beside its output so that the same command goes on after a kill at any point.
+"""What a command has finished, kept beside its output so that the same command goes on after a kill at any point.
 
 Invariant: every file in the folder is whole; the folder belongs to one request, and to one process at a time.
 """
@@ -13,9 +13,11 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from convert.errors import ConversionError
@@ -24,10 +26,11 @@ from engine.checkpoint.writer import PLACING, restore
 from engine.errors import EngineError, OutputError
 
 LOCK, REQUEST = "lock", "request.json"
+EXPORT = "export"  # kept under this name once the output is in its place and an export of it begins
 
 
 def partial_folder(out: Path) -> Path:
-    """Where the unfinished conversion to `out` is kept."""
+    """Where what is not finished of `out` is kept."""
     out = out.resolve()
     return out.with_name(f".{out.name}.partial")
 
@@ -38,7 +41,22 @@ def is_placed(out: Path, request: Mapping[str, Any]) -> bool:
     placing = _read(folder / PLACING)
     if placing is None or _read(folder / REQUEST) != request:
         return False
-    return not (folder / placing["folder"]).exists() and (out / "conversion.json").exists()
+    return not (folder / placing["folder"]).exists() and (out / "config.json").exists()
+
+
+def folder_state(folder: Path) -> list[list[int]]:
+    """Sizes and times of its files: what has changed has another."""
+    files = [path.stat() for path in sorted(folder.iterdir()) if path.is_file()]
+    return [[file.st_size, file.st_mtime_ns] for file in files]
+
+
+def versions() -> dict[str, str]:
+    """Of what the result depends on: another may compute otherwise."""
+    try:
+        own = version("mla-server")
+    except PackageNotFoundError:  # run from a source tree
+        own = "uninstalled"
+    return {"torch": str(torch.__version__), "mla-server": own}
 
 
 class PartialWork:
@@ -58,12 +76,12 @@ class PartialWork:
 
 
 @contextmanager
-def partial_work(out: Path, request: Mapping[str, Any], costly: str) -> Iterator[tuple[PartialWork, list[str]]]:
+def partial_work(out: Path, request: Mapping[str, Any], costly: str | None) -> Iterator[tuple[PartialWork, list[str]]]:
     """-> the work of this request so far, and which parts of `request` differ from that of work that was thrown away.
 
     The folder goes when the body succeeds or fails on account of its input, which it would again. It stays when the
-    body is interrupted or the disk is full, provided that it holds a result named `costly`. Raises ConversionError
-    where another process is at work on the same output.
+    body is interrupted or the disk is full, provided that it holds a result named `costly` (None: there is none that is
+    worth it). Raises ConversionError where another process is at work on the same output.
     """
     folder = partial_folder(out)
     with output_errors(out):
@@ -76,10 +94,10 @@ def partial_work(out: Path, request: Mapping[str, Any], costly: str) -> Iterator
             yield work, differing
         except BaseException as error:
             wrong_input = isinstance(error, EngineError) and not isinstance(error, OutputError)
-            if wrong_input or not (folder / f"{costly}.json").exists():
+            if wrong_input or costly is None or work.read(costly) is None:
                 _remove(folder)
             else:
-                say(f"{out} is not complete; the same command continues, from what is in {folder}")
+                say(f"not finished: the same command continues, from what is in {folder}")
             raise
         _remove(folder)
     finally:
@@ -99,7 +117,7 @@ def _locked(folder: Path, out: Path) -> int:
         except OSError as error:
             os.close(handle)
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ConversionError(f"{out}: another process is converting to it; wait for it or stop it") from None
+                raise ConversionError(f"{out}: another process is writing to it; wait for it or stop it") from None
             raise
         os.close(handle)
 
@@ -118,8 +136,8 @@ def _claim(folder: Path, out: Path, request: Mapping[str, Any]) -> list[str]:
 
 
 def _remove(folder: Path) -> None:
-    """What `is_placed` and the lock go by is the last to go."""
-    last = [PLACING, REQUEST, LOCK]
+    """What a later process goes by is the last to go."""
+    last = [f"{EXPORT}.json", PLACING, REQUEST, LOCK]
     for path in sorted(folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     with suppress(OSError):  # another process has begun to use it

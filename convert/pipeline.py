@@ -1,4 +1,4 @@
-"""A pass over the source's layers: calibration statistics -> method -> the layer as it will be written, and its error.
+"""A pass over the source's layers: of each, statistics -> method -> finish -> store -> advance.
 
 Invariant: one layer's weights are in memory at a time; the embedding and the head are read when they are needed, and
 not widened as a whole. Everything else held is activations. All statistics are the source model's own: no layer sees
@@ -9,50 +9,33 @@ the dtype they are stored in.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from convert.linear_view import linear_view
 from convert.methods import LayerMethod
 from convert.output_fit import fit_output
 from convert.plan import Candidate
 from convert.quality import Comparison, relative_error
 from convert.refine import Batch, RefineOptions, refine_layer
+from convert.source_layer import Collect, SourceLayer
 from convert.stream import Stream
 from engine.checkpoint import Checkpoint
 from engine.kernels.norm import rms_norm
 from engine.model.mla import MLAttention
 from engine.model.transformer import Layer, finish_logits, norm_weight
-from engine.spec import GQASpec, LayerSpec, MLASpec, ModelSpec
+from engine.spec import LayerSpec, MLASpec, ModelSpec
 
 HEAD_ROWS = 4096  # of the output head, widened at a time
 
 Windows = Sequence[Sequence[int]]
-# Takes each converted layer as it is made, in order: its spec, its tensors (the attention's as stored, the rest as in
-# the source), and what was measured of it, for JSON: `attention_error`, the relative error of its attention's output on
-# the source's own inputs, and `refinement`, refine_layer's record or None.
-LayerSink = Callable[[LayerSpec, dict[str, Tensor], dict[str, Any]], None]
 StoredAttention = tuple[MLASpec, dict[str, Tensor]]
-
-
-class Finished(Protocol):
-    """Attention that was converted before, as it was stored, so that it need not be again."""
-
-    def has(self, candidate: int, layer: int) -> bool: ...
-
-    def read(self, candidate: int, layer: int) -> StoredAttention: ...
-
-
-class Trials(Finished, Protocol):
-    """Keeps every candidate's attention as it is made."""
-
-    def keep(self, candidate: int, layer: int, attention: StoredAttention) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -88,105 +71,170 @@ class Refinement:
     options: RefineOptions
 
 
+@dataclass(frozen=True)
+class Converted:
+    """A layer as it is to be written."""
+
+    spec: LayerSpec
+    attention: StoredAttention
+    rest: dict[str, Tensor]  # all but the attention, named as in the checkpoint, as in the source
+    refinement: dict[str, Any] | None  # refine_layer's record
+    attention_error: Callable[[], float]  # relative, on the source's own inputs; costs two runs of the attention
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, the attention's as stored."""
+        return self.rest | {f"self_attn.{name}": t for name, t in self.attention[1].items()}
+
+
+class Store:
+    """Where a sweep puts the layers of its candidates, and finds those that were made before. This one keeps nothing.
+
+    It is asked with a candidate's number and a layer's.
+    """
+
+    def has(self, _candidate: int, _layer: int) -> bool:
+        """Whether that layer need not be made again."""
+        return False
+
+    def read(self, candidate: int, layer: int) -> StoredAttention:
+        """The attention of a layer that it `has`, as it was stored."""
+        raise KeyError((candidate, layer))
+
+    def keep(self, _candidate: int, _layer: int, _made: Converted) -> None:
+        """Called in order: of each layer every candidate that it lacks."""
+
+
 def sweep(
     source: Checkpoint,
     fit: Windows,
     check: Windows,
     candidates: Sequence[Candidate],
     precision: Precision,
-    sink: LayerSink | None = None,
+    store: Store | None = None,
     description: str = "converting",
-    done: Finished | None = None,
-    trials: Trials | None = None,
     refinement: Refinement | None = None,
     fit_outputs: bool = True,
 ) -> list[Comparison]:
     """Convert the whole model by every candidate, with statistics of `fit`; -> how each compares on `check`.
 
-    `sink` gets the first candidate's layers, `trials` the attention of all. What `done` or `trials` has is not
-    converted again; `sink` does not get it. With a `refinement` every candidate is refined. A choice among candidates
-    may go without `fit_outputs`, which take time.
+    What `store` has is not converted again; it gets the rest. With a `refinement` every candidate is refined. A choice
+    among candidates may go without `fit_outputs`, which take time.
     """
-    loaded, stored = precision.outer(source)
-    texts = [fit, check] if refinement is None else [fit, check, refinement.held_out]
-    source_streams = [Stream(windows, loaded["embed_tokens.weight"], source.spec) for windows in texts]
-    fit_stream, check_stream = source_streams[:2]
-    fitting = fit_outputs and any(m.fits_output for candidate in candidates for m in candidate.layers)
-    finishing = [fit_stream, source_streams[2]] if refinement is not None else [fit_stream] if fitting else []
-    own_streams = [Stream(check, stored["embed_tokens.weight"], source.spec) for _ in candidates]
-    del loaded, stored
-    for index, spec in enumerate(tqdm(source.spec.layers, description, unit="layer", disable=None)):
-        assert isinstance(spec.attention, GQASpec)  # candidates exist for GQA models alone
-        raw = dict(source.layer(index))
-        tensors = precision.load(raw)
-        attention = {n.removeprefix("self_attn."): t for n, t in tensors.items() if n.startswith("self_attn.")}
-        rest = {n: t for n, t in raw.items() if not n.startswith("self_attn.")}
-        layer = Layer(spec, source.spec, tensors)
-        del tensors
-        as_stored = layer
-        if any(t.dtype != precision.stored for t in raw.values()):
-            as_stored = Layer(spec, source.spec, precision.load(precision.store(raw)))
-        before = done or trials
-        methods = {
-            i: candidate.layers[index]
-            for i, candidate in enumerate(candidates)
-            if before is None or not before.has(i, index)
-        }
-        view = linear_view(spec.attention, attention)
-        learnt = {collect: collect(view.spec, view.tensors, view.inputs(fit_stream.windows(layer)))
-                  for collect in dict.fromkeys(method.collect for method in methods.values())}  # fmt: skip
-        finish = _Finish(precision, refinement, [stream.examples(layer) for stream in finishing if methods])
-        for i, stream in enumerate(own_streams):
-            if before is not None and i not in methods:
-                mla, made = before.read(i, index)
-                stream.advance(_with_attention(as_stored, mla, precision.load(made)))
-                continue
-            method = methods[i]
-            mla, made = view.finish(*method.convert(view.spec, view.tensors, learnt[method.collect]))
-            made, record = finish(method, mla, made)
-            made = precision.laid_out(made)
-            converted = _with_attention(as_stored, mla, precision.load(made))
-            if i == 0 and sink is not None:
-                error = relative_error(zip(check_stream.attended(layer), check_stream.attended(converted), strict=True))
-                measured = {"attention_error": error, "refinement": record}
-                sink(converted.spec, rest | {f"self_attn.{name}": t for name, t in made.items()}, measured)
-            if trials is not None:
-                trials.keep(i, index, (mla, made))
-            stream.advance(converted)
-            del converted
-        for stream in source_streams:
-            stream.advance(layer)
-        del raw, attention, rest, view, layer, as_stored, learnt, made, finish  # before the next layer is read
-    loaded, stored = precision.outer(source)
-    return [_compare(check_stream, own, loaded, stored, source.spec) for own in own_streams]
+    run = _Sweep(source, fit, check, candidates, precision, store or Store(), refinement, fit_outputs)
+    layers = len(source.spec.layers)
+    with tqdm(total=layers * len(candidates), desc=description, unit="layer", disable=None) as progress:
+        for index in range(layers):
+            for record in run.convert_layer(index):
+                if record is not None:
+                    errors = f"error {record['error_before']:.3g} -> {record['error_after']:.3g}"
+                    progress.set_postfix_str(errors, refresh=False)
+                progress.update()
+    return run.comparisons()
 
 
 @dataclass(frozen=True)
-class _Finish:
-    """What becomes of a layer after the method: its output projection fitted, or all of it refined, or nothing."""
+class _LayerWork:
+    """What all candidates share at one layer."""
 
-    precision: Precision
-    refinement: Refinement | None
-    examples: list[list[Batch]]  # of the source layer: to fit on, and held out; as far as they are needed
+    index: int
+    source: SourceLayer
+    rounded: Layer  # the source's, rounded as the result is stored
+    rest: dict[str, Tensor]
+    learnt: dict[Collect, Any]
+    examples: list[list[Batch]]  # to fit on, and held out; as far as they are needed
 
-    def __call__(
-        self, method: LayerMethod[Any], spec: MLASpec, made: dict[str, Tensor]
+
+class _Sweep:
+    """The texts of a sweep: the source's, and for each candidate `check` once more. All stand before the same layer."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        fit: Windows,
+        check: Windows,
+        candidates: Sequence[Candidate],
+        precision: Precision,
+        store: Store,
+        refinement: Refinement | None,
+        fit_outputs: bool,
+    ) -> None:
+        self.source, self.candidates, self.precision, self.store = source, candidates, precision, store
+        self.refinement = refinement
+        loaded, stored = precision.outer(source)
+        texts = [fit, check] if refinement is None else [fit, check, refinement.held_out]
+        self.texts = [Stream(windows, loaded["embed_tokens.weight"], source.spec) for windows in texts]
+        self.fit, self.check, *held_out = self.texts
+        self.own = [Stream(check, stored["embed_tokens.weight"], source.spec) for _ in candidates]
+        fits = fit_outputs and any(method.fits_output for candidate in candidates for method in candidate.layers)
+        self.finished_on = [self.fit, *held_out] if fits or held_out else []
+
+    def convert_layer(self, index: int) -> Iterator[dict[str, Any] | None]:
+        """By one candidate after the other; -> each one's record of refinement. The last to stop here is the source."""
+        work = self._begin(index)
+        for candidate, own in enumerate(self.own):
+            converted, record = self._convert(candidate, work)
+            own.advance(converted)
+            del converted  # before the next is made
+            yield record
+        for text in self.texts:
+            text.advance(work.source.layer)
+
+    def _begin(self, index: int) -> _LayerWork:
+        """Read a layer and take its statistics."""
+        spec, precision = self.source.spec, self.precision
+        raw = dict(self.source.layer(index))
+        source = SourceLayer(spec, index, precision.load(raw))
+        rounded = source.layer
+        if any(t.dtype != precision.stored for t in raw.values()):
+            rounded = Layer(spec.layers[index], spec, precision.load(precision.store(raw)))
+        rest = {name: t for name, t in raw.items() if not name.startswith("self_attn.")}
+        missing = [c.layers[index] for i, c in enumerate(self.candidates) if not self.store.has(i, index)]
+        learnt = source.learn((method.collect for method in missing), self.fit)
+        examples = [text.examples(source.layer) for text in self.finished_on if missing]
+        return _LayerWork(index, source, rounded, rest, learnt, examples)
+
+    def _convert(self, candidate: int, work: _LayerWork) -> tuple[Layer, dict[str, Any] | None]:
+        """-> the layer by a candidate, which the store then has, and the record of its refinement."""
+        if self.store.has(candidate, work.index):
+            return self._with_attention(work.rounded, self.store.read(candidate, work.index)), None
+        method, view = self.candidates[candidate].layers[work.index], work.source.view
+        spec, made = view.finish(*method.convert(view.spec, view.tensors, work.learnt[method.collect]))
+        made, record = self._finish(method, spec, made, work.examples)
+        made = self.precision.laid_out(made)
+        converted = self._with_attention(work.rounded, (spec, made))
+        error = partial(_attention_error, self.check, work.source.layer, converted)
+        self.store.keep(candidate, work.index, Converted(converted.spec, (spec, made), work.rest, record, error))
+        return converted, record
+
+    def _finish(
+        self, method: LayerMethod[Any], spec: MLASpec, made: dict[str, Tensor], examples: Sequence[list[Batch]]
     ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """-> the tensors, and refine_layer's record where there is one."""
+        """After the method: all of the attention refined, or its output projection fitted, or nothing; -> the tensors,
+        and refine_layer's record."""
         if self.refinement is not None:
-            fit, held_out = self.examples
+            fit, held_out = examples
             return refine_layer(spec, made, fit, held_out, self.precision.stored, self.refinement.options)
-        if self.examples and method.fits_output:
-            return fit_output(spec, self.precision.load(made), self.examples[0]), None
+        if examples and method.fits_output:
+            return fit_output(spec, self.precision.load(made), examples[0]), None
         return made, None
 
+    def _with_attention(self, layer: Layer, attention: StoredAttention) -> Layer:
+        """The same layer, sharing all else, with another attention."""
+        spec, tensors = attention
+        other = copy.copy(layer)
+        other.spec = replace(layer.spec, attention=spec)
+        other.attention = MLAttention(spec, self.precision.load(tensors))
+        return other
 
-def _with_attention(layer: Layer, spec: MLASpec, tensors: dict[str, Tensor]) -> Layer:
-    """The same layer, sharing all else, with another attention."""
-    other = copy.copy(layer)
-    other.spec = replace(layer.spec, attention=spec)
-    other.attention = MLAttention(spec, tensors)
-    return other
+    def comparisons(self) -> list[Comparison]:
+        """Of each candidate with the source, once all layers are behind them."""
+        loaded, stored = self.precision.outer(self.source)
+        return [_compare(self.check, own, loaded, stored, self.source.spec) for own in self.own]
+
+
+def _attention_error(text: Stream, source: Layer, converted: Layer) -> float:
+    """Relative, of what the layer's attention puts out on the source's own inputs."""
+    return relative_error(zip(text.attended(source), text.attended(converted), strict=True))
 
 
 def _project(x: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from convert.errors import ConversionError
 from convert.memory import conversations_that_fit
 
 GPU_MEMORY = (24, 80)  # GiB
-CONVERSATION = 8192  # tokens
+CONVERSATION = 8192  # tokens, or as many as the model's context has
 METHOD_OPTIONS = ("freqfold", "basis", "ranks", "partial_rope", "svd")
 WORST = 3  # layers the summary names
 
@@ -69,13 +69,13 @@ def conversion_summary(report: Mapping[str, Any], source: Path) -> str:
 
 
 def _fits(report: Mapping[str, Any], gib: int) -> tuple[str, str, str]:
-    """How many conversations fit on a GPU of so much memory."""
+    """How many conversations fit on a GPU of so much memory, beside the weights."""
+    tokens = min(CONVERSATION, report["context"])
     source, converted = (
-        conversations_that_fit(gib << 30, report[f"{which}weight_bytes"], report[f"{which}cache_bytes_per_token"],
-                               CONVERSATION)
-        for which in ("source_", "")
-    )  # fmt: skip
-    return f"8k conversations in {gib} GiB", f"{source:,}", f"{converted:,}"
+        conversations_that_fit(gib << 30, report[f"{of}weight_bytes"], report[f"{of}cache_bytes_per_token"], tokens)
+        for of in ("source_", "")
+    )
+    return f"conversations of {tokens:,} tokens in {gib} GiB", f"{source:,}", f"{converted:,}"
 
 
 def _worst_layers(errors: Sequence[float]) -> str:

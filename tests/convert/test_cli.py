@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from convert import conversion
 from convert.cli import main
+from convert.layer_store import LayerStore
 from convert.partial import partial_folder
 from engine.checkpoint import open_checkpoint
 from tests.checkpoint.folders import write_shards
@@ -50,11 +52,13 @@ def test_convert_on_sampled_text_then_evaluate(
     assert main([*arguments, "--json", str(tmp_path / "convert.json")]) == 0
     printed = capsys.readouterr().out
     assert "cache bytes per token" in printed
-    assert "8k conversations in 80 GiB" in printed
     errors = json.loads((tmp_path / "convert.json").read_text())["quality"]["attention_errors"]
     assert f"worst layer {errors.index(max(errors))} {max(errors):.2g}" in printed
     assert f"python -m server --model {out}" in printed
     report = json.loads((tmp_path / "convert.json").read_text())
+    fit = ((80 << 30) - report["weight_bytes"]) // (64 * report["cache_bytes_per_token"])
+    (line,) = (line for line in printed.splitlines() if "conversations of 64 tokens in 80 GiB" in line)  # the context
+    assert line.endswith(f" {fit:,}")
     record = json.loads((out / "conversion.json").read_text())
     assert {key: report[key] for key in record} == record
     assert record["source"] == "source"
@@ -112,6 +116,28 @@ def test_evaluate_against_transformers(tmp_path: Path, text: Path, adds_bos: boo
     assert report["kl"] == pytest.approx(kl / count, rel=1e-4)
     assert report["top1_agreement"] == pytest.approx(agreed / count, abs=2 / count)
     assert report["bits_per_byte"] == pytest.approx(nll[1] / math.log(2) / count, rel=1e-4)  # a byte a token
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(tmp_path: Path, source: Path, text: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    """On a terminal, with what refinement did for each layer; elsewhere nothing at all."""
+    shown = Terminal() if terminal else io.StringIO()
+    sizes = ["--kv-lora-rank", "8", "--qk-rope-head-dim", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", shown)
+        assert main(["--model", str(source), "--out", str(tmp_path / "out"), "--calibration", str(text), *sizes]) == 0
+    if not terminal:
+        assert shown.getvalue() == ""
+        return
+    last = json.loads((tmp_path / "out" / "conversion.json").read_text())["refinement"][-1]
+    errors = f"error {last['error_before']:.3g} -> {last['error_after']:.3g}"
+    assert re.search(rf"converting: 100%.* 2/2 .*{errors}", shown.getvalue())
+    assert "fitting, learning rate" in shown.getvalue()
 
 
 def test_same_seed_same_files(tmp_path: Path, source: Path) -> None:
@@ -242,18 +268,12 @@ def test_a_failure_midway_leaves_the_earlier_output_and_what_is_finished(
     assert main(arguments) == 0
     before = contents(out)
 
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        """After one layer is written."""
-        sink = args[5]
+    def keep_once(*args: Any) -> None:
+        keep(*args)
+        raise failure
 
-        def once(*layer: Any) -> None:
-            sink(*layer)
-            raise failure
-
-        sweep(*args[:5], once, **kwargs)
-
-    sweep = conversion.sweep
-    monkeypatch.setattr(conversion, "sweep", interrupted)
+    keep = LayerStore.keep
+    monkeypatch.setattr(LayerStore, "keep", keep_once)
     if failure is RuntimeError:  # a fault of the program's own is not hidden
         with pytest.raises(RuntimeError):
             main([*arguments, "--overwrite"])
@@ -368,11 +388,10 @@ def test_one_token_without_bos_cannot_be_evaluated(tmp_path: Path, capsys: pytes
     assert_fails(main(["evaluate", *arguments]), capsys, "too short")
 
 
-@pytest.mark.parametrize("command", [[], ["evaluate"], ["compare"]])
+@pytest.mark.parametrize("command", [[], ["evaluate"], ["compare"], ["export"]])
 def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert "--model" in printed
-    assert "evaluate" in printed
+    assert f"usage: {' '.join(['python -m convert', *command])} [-h] --model" in printed

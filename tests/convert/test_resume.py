@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
-from convert import conversion, plan
+from convert import conversion, partial, plan
 from convert.cli import main
-from convert.layer_store import TrialStore
+from convert.layer_store import LayerStore, TrialStore
 from convert.partial import partial_folder, partial_work
 from tests.convert.sources import make_source, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAYERS = 3
+EXPORT = ["--export", "deepseek_v3"]
 
 
 @pytest.fixture
@@ -52,34 +53,30 @@ def stopping_after(layers: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
     -> how often statistics were collected.
     """
     collected: list[int] = []
-    collect, sweep, keep = plan.collect_attention, conversion.sweep, TrialStore.keep
+    collect, keep_trial, keep_layer = plan.collect_attention, TrialStore.keep, LayerStore.keep
 
     def counted(*args: Any) -> Any:
         collected.append(1)
         return collect(*args)
 
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        if len(args) < 6:
-            return sweep(*args, **kwargs)
-        sink, left = args[5], [layers]
-
-        def stop(*layer: Any) -> None:
-            sink(*layer)
-            left[0] -= 1
-            if not left[0]:
-                raise Stop
-
-        return sweep(*args[:5], stop, **kwargs)
-
-    def keep_or_stop(store: TrialStore, candidate: int, layer: int, attention: Any) -> None:
-        keep(store, candidate, layer, attention)
+    def trial(store: TrialStore, candidate: int, layer: int, made: Any) -> None:
+        keep_trial(store, candidate, layer, made)
         if not layers and (candidate, layer) == (1, 1):
+            raise Stop
+
+    left = layers
+
+    def converted(store: LayerStore, candidate: int, layer: int, made: Any) -> None:
+        nonlocal left
+        keep_layer(store, candidate, layer, made)
+        left -= 1
+        if not left:
             raise Stop
 
     with monkeypatch.context() as patch:
         patch.setattr(plan, "collect_attention", counted)
-        patch.setattr(conversion, "sweep", interrupted)
-        patch.setattr(TrialStore, "keep", keep_or_stop)
+        patch.setattr(TrialStore, "keep", trial)
+        patch.setattr(LayerStore, "keep", converted)
         yield collected
 
 
@@ -162,7 +159,7 @@ def test_a_second_process_is_refused(tmp_path: Path, arguments: list[str], capsy
     with partial_work(out, {"request": 1}, "none") as (work, _):
         work.keep("mine", 1)
         assert main([*arguments, "--out", str(out)]) == 2
-        assert f"error: {out}: another process is converting to it" in capsys.readouterr().err
+        assert f"error: {out}: another process is writing to it" in capsys.readouterr().err
         assert work.read("mine") == 1
     assert not partial_folder(out).exists()
 
@@ -187,22 +184,67 @@ def test_a_full_disk(
     assert contents(out) == expected
 
 
+@pytest.mark.parametrize(("options", "cleanings"), [([], 0), (EXPORT, 0), (EXPORT, 1)])
 def test_killed_while_cleaning_up(
-    tmp_path: Path, arguments: list[str], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, options: list[str], cleanings: int
 ) -> None:
-    """The output is in its place, the partial work beside it still: the same command finds nothing left to do."""
-    out = tmp_path / "out"
+    """All is in its place, partial work beside it still: after so many cleanings, first the export's, if there is one.
 
-    def killed(*_: Any) -> None:
+    The same command finds nothing left to do.
+    """
+    out = tmp_path / "folder" / "out"
+    arguments += ["--method", "exact", *options, "--out", str(out)]
+    remove, left = partial._remove, cleanings
+
+    def killed(folder: Path) -> None:
+        nonlocal left
+        if not left:
+            raise Stop
+        left -= 1
+        remove(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partial, "_remove", killed)
+        with pytest.raises(Stop):
+            main(arguments)
+    assert partial_folder(out).exists()
+    names = ["out", *(["out-deepseek_v3"] if options else [])]
+    before = [contents(out.with_name(name)) for name in names]
+    written = (out / "config.json").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (out / "config.json").stat().st_mtime_ns == written
+    assert [contents(out.with_name(name)) for name in names] == before
+    assert sorted(path.name for path in out.parent.iterdir()) == names
+
+
+def test_killed_while_exporting(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL before every single file that is written from the first of the export on: it is finished, and no more."""
+    arguments += ["--kv-lora-rank", "12", "--qk-rope-head-dim", "12", "--refine", "none", *EXPORT]
+    assert main([*arguments, "--out", str(tmp_path / "undisturbed")]) == 0
+    expected = [contents(tmp_path / name) for name in ("undisturbed", "undisturbed-deepseek_v3")]
+    out = tmp_path / "folder" / "out"
+    exported = out.with_name("out-deepseek_v3")
+
+    def killed(*_: Any, **__: Any) -> None:
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr("convert.partial._remove", killed)
+        patch.setattr(conversion, "export_model", killed)
         with pytest.raises(Stop):
             main([*arguments, "--out", str(out)])
-    assert partial_folder(out).exists()
-    before = (out / "config.json").stat().st_mtime_ns
-    assert main([*arguments, "--out", str(out)]) == 0
-    assert (out / "config.json").stat().st_mtime_ns == before
-    assert contents(out) == expected
-    assert not partial_folder(out).exists()
+    assert not exported.exists()
+    written = (out / "config.json").stat().st_mtime_ns
+    command = [sys.executable, "-m", "tests.convert.killed_runs", "writes", "0", str(out), *arguments]
+    found = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=True, timeout=120)
+    result = json.loads(found.stdout)
+    assert result["code"] == 0
+    assert len(result["states"]) > LAYERS + 4
+    assert [contents(out), contents(exported)] == expected
+    assert (out / "config.json").stat().st_mtime_ns == written  # not converted again
+    assert sorted(out.parent.iterdir()) == [out, exported]
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert f"error: {out}: exists and is not empty" in capsys.readouterr().err
+    assert [contents(out), contents(exported)] == expected
