@@ -126,7 +126,7 @@ def run_compare(arguments: Sequence[str]) -> None:
             calibration_tokens=args.calibration_tokens,
             window=args.window,
             device=args.device,
-            refine=args.refine,
+            refine=tuple(dict.fromkeys(args.refine)),
             seed=args.seed,
         )
     )
@@ -308,7 +308,10 @@ def compare_parser() -> argparse.ArgumentParser:
         help="cache per token as a fraction of the source's; a method that cannot make one says why "
         f"(default: {' '.join(f'{ratio:g}' for ratio in CACHE_RATIOS)})",
     )  # fmt: skip
-    add("--refine", choices=("none", "layer"), default="none", help="of every method's layers (default: %(default)s)")
+    add(
+        "--refine", nargs="+", choices=REFINEMENTS, default=("none",),
+        help="what follows every method, as for a conversion; each gets its own rows (default: none, methods bare)",
+    )  # fmt: skip
     _add_window(parser)
     _add_common(parser)
     _add_plot(parser, "KL against cache size, and by position")

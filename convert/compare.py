@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from convert.calibration import Calibration
 from convert.conversion import CALIBRATION_TOKENS
 from convert.errors import ConversionError
 from convert.evaluate import EvaluationText, evaluation_text
+from convert.joint import JointOptions, Staged, check_joint, jointly_refined
 from convert.pipeline import Precision, Refinement, Windows, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
 from convert.quality import Comparison
@@ -34,6 +35,8 @@ METHODS = ("score-aware", "transmla", "mha2mla", "care")  # compared where none 
 CACHE_RATIOS = (1.0, 0.5, 0.25, 0.125)
 GROUP_BYTES = 4 << 30
 
+Measured = TypeVar("Measured")
+
 
 @dataclass(frozen=True)
 class CompareRequest:
@@ -45,7 +48,7 @@ class CompareRequest:
     calibration_tokens: int = CALIBRATION_TOKENS
     window: int | None = None  # None: the context, at most evaluate.DEFAULT_WINDOW
     device: str | None = None
-    refine: str = "none"  # or "layer": what every method gives is refined before it is measured
+    refine: tuple[str, ...] = ("none",)  # of conversion.REFINEMENTS; what every method gives is measured after each
     seed: int = 0
 
 
@@ -67,6 +70,8 @@ def compare(request: CompareRequest) -> dict[str, Any]:
         raise ConversionError(
             f"--calibration-tokens {request.calibration_tokens} is too few: give at least {calibration.MIN_TOKENS}"
         )
+    if "joint" in request.refine:
+        check_joint(source.spec)
     _check_texts_differ(request)
     text = evaluation_text(source, request.text, request.window)
     precision = Precision(resolve_device(request.device), DTYPES[source.spec.dtype])
@@ -75,14 +80,14 @@ def compare(request: CompareRequest) -> dict[str, Any]:
         raise ConversionError("; ".join(dict.fromkeys(entry.error for entry in entries if entry.error is not None)))
     calibrated = _calibrate(request, source)
     chosen = _choose(source, calibrated, entries, precision)
-    refinement = None
-    if request.refine != "none":
-        refinement = Refinement(calibrated.select, RefineOptions(seed=request.seed))
-    measuring = partial(sweep, description="measuring", refinement=refinement)
-    measured = iter(_sweep(source, calibrated.fit, text.windows, [c for c in chosen if c], precision, measuring))
+    able = [candidate for candidate in chosen if candidate]
+    measuring = partial(_measure, source, calibrated, text.windows, precision=precision, request=request)
+    measured = iter(_grouped(able, text.windows, source, precision, measuring))
     rows = [
-        _row(request, source, entry, candidate, text, next(measured) if candidate else None, precision)
+        _row(request, source, entry, refine, candidate, text, found.get(refine), precision)
         for entry, candidate in zip(entries, chosen, strict=True)
+        for found in [next(measured) if candidate else {}]
+        for refine in request.refine
     ]
     return {
         "model": source.path.resolve().name,
@@ -110,8 +115,12 @@ def _choose(
     settled = settle(source, text.fit, [way for entry in entries for way in entry.ways], precision)
     several = [len(entry.ways) > 1 for entry in entries for _ in entry.ways]
     tried = [candidate for candidate, needed in zip(settled, several, strict=True) if needed]
-    choosing = partial(sweep, description=f"choosing among {len(tried)}", fit_outputs=False)
-    found = iter(_sweep(source, text.fit, text.select, tried, precision, choosing))
+    description = f"choosing among {len(tried)}"
+
+    def choose(group: Sequence[Candidate]) -> list[Comparison]:
+        return sweep(source, text.fit, text.select, group, precision, description=description, fit_outputs=False)
+
+    found = iter(_grouped(tried, text.select, source, precision, choose))
     losses = [next(found).kl if needed else 0.0 for needed in several]
     chosen: list[Candidate | None] = []
     start = 0
@@ -121,31 +130,58 @@ def _choose(
     return chosen
 
 
-def _sweep(
+def _measure(
     source: Checkpoint,
-    fit: Windows,
-    check: Windows,
-    tried: list[Candidate],
+    calibrated: Calibration,
+    text: Windows,
+    group: Sequence[Candidate],
     precision: Precision,
-    how: Callable[..., list[Comparison]],
-) -> list[Comparison]:
-    """`sweep`, its options bound, in groups whose activations fit GROUP_BYTES."""
+    request: CompareRequest,
+) -> list[dict[str, Comparison]]:
+    """Each candidate on `text` after every kind of refinement that was asked for."""
+    measuring = partial(sweep, source, calibrated.fit, text)
+    found: dict[str, list[Comparison]] = {}
+    if "none" in request.refine:
+        found["none"] = measuring(group, precision, description="measuring")
+    if "layer" in request.refine or "joint" in request.refine:
+        refinement = Refinement(calibrated.select, RefineOptions(seed=request.seed))
+        staged = Staged() if "joint" in request.refine else None
+        found["layer"] = measuring(group, precision, staged, description="refining", refinement=refinement)
+        if staged is not None:
+            options = JointOptions(seed=request.seed)
+            joint = [
+                jointly_refined(source, c, staged.layers[i], calibrated.fit, calibrated.select, precision, options)[0]
+                for i, c in enumerate(group)
+            ]
+            found["joint"] = measuring(joint, precision, description="measuring")
+    return [{refine: found[refine][i] for refine in found} for i in range(len(group))]
+
+
+def _grouped(
+    tried: Sequence[Candidate],
+    check: Windows,
+    source: Checkpoint,
+    precision: Precision,
+    how: Callable[[Sequence[Candidate]], list[Measured]],
+) -> list[Measured]:
+    """`how` of the candidates in groups, of which the activations over `check` fit GROUP_BYTES."""
     each = sum(map(len, check)) * source.spec.hidden_size * precision.compute.itemsize
     size = max(1, GROUP_BYTES // each)
     groups = [tried[start : start + size] for start in range(0, len(tried), size)]
-    return [c for group in groups for c in how(source, fit, check, group, precision)]
+    return [measured for group in groups for measured in how(group)]
 
 
 def _row(
     request: CompareRequest,
     source: Checkpoint,
     entry: _Entry,
+    refine: str,
     candidate: Candidate | None,
     text: EvaluationText,
     comparison: Comparison | None,
     precision: Precision,
 ) -> dict[str, Any]:
-    asked = {"method": entry.method, "cache_ratio": entry.ratio, "refine": request.refine}
+    asked = {"method": entry.method, "cache_ratio": entry.ratio, "refine": refine}
     if candidate is None or comparison is None:
         return asked | {"error": entry.error}
     itemsize = precision.stored.itemsize

@@ -14,18 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from convert import calibration
 from convert.calibration import Calibration
 from convert.errors import ConversionError
 from convert.export import check_exportable, export_folder, export_model
-from convert.joint import JointOptions, check_joint, refine_jointly
+from convert.joint import JointOptions, Staged, check_joint, jointly_refined
 from convert.layer_store import LayerStore, TrialStore
 from convert.memory import peak_memory, weight_bytes
-from convert.methods import LayerMethod, learn_nothing
 from convert.partial import EXPORT, PartialWork, folder_state, is_placed, partial_folder, partial_work, say, versions
-from convert.pipeline import Converted, Precision, Refinement, Store, sweep
+from convert.pipeline import Precision, Refinement, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
 from convert.refine import RefineOptions
 from convert.survey import settle
@@ -248,32 +246,11 @@ def _jointly(
 
     Nothing is kept until it is done: an interrupted run does it again, to the same end.
     """
-    staged = _Staged()
+    staged = Staged()
     sweep(source, text.fit, text.check, [best], precision, staged, "refining", refinement=refinement)
     options = JointOptions(seed=request.seed)
-    tuned, record = refine_jointly(source, staged.layers, text.fit, text.select, precision, options)
-    methods = []
-    for (layer, _), tensors in zip(staged.layers, tuned, strict=True):
-        assert isinstance(layer.attention, MLASpec)  # a method makes nothing else
-        methods.append(_made(layer.attention, tensors))
-    return Candidate(best.options, tuple(methods), best.cached), {"refinement": staged.records, "joint": record}
-
-
-class _Staged(Store):
-    """Holds the layers of one candidate, their specs and all their tensors, in memory."""
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[LayerSpec, dict[str, Tensor]]] = []
-        self.records: list[dict[str, Any] | None] = []
-
-    def keep(self, _candidate: int, _layer: int, made: Converted) -> None:
-        self.layers.append((made.spec, made.tensors()))
-        self.records.append(made.refinement)
-
-
-def _made(spec: MLASpec, tensors: dict[str, Tensor]) -> LayerMethod[None]:
-    """A layer that is converted already, as a method."""
-    return LayerMethod(learn_nothing, lambda *_: (spec, tensors))
+    best, record = jointly_refined(source, best, staged.layers[0], text.fit, text.select, precision, options)
+    return best, {"refinement": staged.records[0], "joint": record}
 
 
 def _calibration_tokens(request: ConversionRequest) -> int:

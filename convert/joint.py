@@ -10,7 +10,7 @@ held-out windows no larger KL than what it was given, rounded likewise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor
 from convert.descent import DescentOptions, State, Tensors, descend
 from convert.differentiable import mla_attention
 from convert.errors import ConversionError
-from convert.pipeline import Precision, Windows
+from convert.methods import LayerMethod, learn_nothing
+from convert.pipeline import Converted, Precision, Store, Windows
+from convert.plan import Candidate
 from convert.stream import BATCH_TOKENS, BLOCK_SIZE, Chunk, chunks
 from engine.checkpoint import Checkpoint
 from engine.model.load import load_model
@@ -43,6 +45,41 @@ def check_joint(spec: ModelSpec) -> None:
         raise ConversionError(
             "--refine joint: this model's feed-forward layers are of a kind it does not know; use --refine layer"
         )
+
+
+class Staged(Store):
+    """Holds the layers of every candidate, their specs and all their tensors, in memory."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, list[tuple[LayerSpec, Tensors]]] = {}
+        self.records: dict[int, list[dict[str, Any] | None]] = {}
+
+    def keep(self, candidate: int, _layer: int, made: Converted) -> None:
+        self.layers.setdefault(candidate, []).append((made.spec, made.tensors()))
+        self.records.setdefault(candidate, []).append(made.refinement)
+
+
+def jointly_refined(
+    source: Checkpoint,
+    candidate: Candidate,
+    layers: Sequence[tuple[LayerSpec, Tensors]],
+    fit: Windows,
+    held_out: Windows,
+    precision: Precision,
+    options: JointOptions,
+) -> tuple[Candidate, dict[str, Any]]:
+    """`refine_jointly` of a candidate's layers -> the candidate whose layers are the result, and the record."""
+    tuned, record = refine_jointly(source, layers, fit, held_out, precision, options)
+    methods = []
+    for (layer, _), tensors in zip(layers, tuned, strict=True):
+        assert isinstance(layer.attention, MLASpec)  # a method makes nothing else
+        methods.append(_made(layer.attention, tensors))
+    return replace(candidate, layers=tuple(methods)), record
+
+
+def _made(spec: MLASpec, tensors: Tensors) -> LayerMethod[None]:
+    """A layer that is converted already, as a method."""
+    return LayerMethod(learn_nothing, lambda *_: (spec, tensors))
 
 
 def refine_jointly(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +39,28 @@ def assert_fails(code: int, capsys: pytest.CaptureFixture[str], message: str) ->
     assert message in lines[0]
 
 
-@pytest.mark.parametrize(("refine", "methods"), [("none", METHODS), ("layer", ("score-aware", "transmla"))])
+@pytest.mark.parametrize(
+    ("refinements", "methods"),
+    [(("none",), METHODS), (("layer",), ("transmla",)), (("none", "joint"), ("score-aware",))],
+)
 def test_rows_are_what_converting_and_evaluating_give(
     tmp_path: Path,
     source: Path,
     texts: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
-    refine: str,
+    refinements: tuple[str, ...],
     methods: tuple[str, ...],
 ) -> None:
     """However many conversions go together in one pass."""
     monkeypatch.setattr(compare, "GROUP_BYTES", 1 << 20)
-    options = ["--cache-ratios", "0.5", "--methods", *methods, "--refine", refine]
+    options = ["--cache-ratios", "0.5", "--methods", *methods, "--refine", *refinements]
     assert main(run(source, texts, *options, "--json", str(tmp_path / "c.json"))) == 0
     report = json.loads((tmp_path / "c.json").read_text())
-    assert [row["method"] for row in report["rows"]] == list(methods)
-    assert {row["refine"] for row in report["rows"]} == {refine}
+    assert [(row["method"], row["refine"]) for row in report["rows"]] == list(product(methods, refinements))
     for row in report["rows"]:
-        out = tmp_path / row["method"]
+        out = tmp_path / f"{row['method']}-{row['refine']}"
         arguments = ["--model", str(source), "--out", str(out), "--method", row["method"], "--cache-ratio", "0.5"]
-        arguments += ["--refine", refine]
+        arguments += ["--refine", row["refine"]]
         assert main([*arguments, "--calibration", str(texts[0]), "--calibration-tokens", "512"]) == 0
         evaluate = ["evaluate", "--model", str(out), "--reference", str(source), "--text", str(texts[1])]
         assert main([*evaluate, "--json", str(tmp_path / "e.json")]) == 0
