@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.moe import moe_torch, moe_triton
-from engine.model.linear import Linear
+from engine.kernels.fp8_linear import BLOCK
+from engine.kernels.moe import moe_torch, moe_triton, rows_per_scale
+from engine.model.linear import projection
 from engine.model.mlp import GatedMLP
 from engine.spec import GatedMLPSpec, MoESpec
 from engine.tensor_map import under
@@ -53,7 +54,7 @@ class MixtureOfExperts:
         if spec.shared_intermediate_size:
             self.shared = GatedMLP(GatedMLPSpec(spec.shared_intermediate_size), under(tensors, "shared_experts."))
         if spec.shared_gate:
-            self.shared_gate = Linear(tensors["shared_expert_gate.weight"])
+            self.shared_gate = projection(tensors, "shared_expert_gate")
         if self.router.is_cuda:
             self._stacked = stack(spec, tensors)
         else:
@@ -75,13 +76,23 @@ class MixtureOfExperts:
         return out + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
 
 
-def stack(spec: MoESpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """-> gate_up [E, 2 I, hidden], down [E, hidden, I]."""
-    first, width = tensors["experts.0.down_proj.weight"], spec.intermediate_size
+def stack(spec: MoESpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """-> gate_up [E, 2 I, hidden], down [E, hidden, I]; where they are FP8, their scales as well: as moe_triton's."""
+    weights = _stacked(spec, tensors, "weight", 1, 1)
+    if "experts.0.down_proj.scale" not in tensors:
+        return weights
+    return *weights, *_stacked(spec, tensors, "scale", rows_per_scale(spec.intermediate_size), BLOCK)
+
+
+def _stacked(
+    spec: MoESpec, tensors: Mapping[str, Tensor], kind: str, gate_step: int, down_step: int
+) -> tuple[Tensor, Tensor]:
+    """Each expert's `<name>.<kind>`, gates and ups one above the other, of every step-th row."""
+    first, width = tensors[f"experts.0.down_proj.{kind}"][::down_step], spec.intermediate_size // gate_step
     down = first.new_empty(spec.num_experts, *first.shape)
     gate_up = first.new_empty(spec.num_experts, 2 * width, first.shape[0])
     for i in range(spec.num_experts):
-        gate_up[i, :width] = tensors[f"experts.{i}.gate_proj.weight"]
-        gate_up[i, width:] = tensors[f"experts.{i}.up_proj.weight"]
-        down[i] = tensors[f"experts.{i}.down_proj.weight"]
+        gate_up[i, :width] = tensors[f"experts.{i}.gate_proj.{kind}"][::gate_step]
+        gate_up[i, width:] = tensors[f"experts.{i}.up_proj.{kind}"][::gate_step]
+        down[i] = tensors[f"experts.{i}.down_proj.{kind}"][::down_step]
     return gate_up, down

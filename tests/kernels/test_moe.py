@@ -103,7 +103,7 @@ def check_fp8(experts, hidden, width, num_experts, dtype):
 @pytest.mark.parametrize(("hidden", "width"), [(150, 40), (128, 128), (40, 192), (130, 33)])
 def test_fp8(dtype, hidden, width):
     """Groups of 8, 128, 64 rows and of one."""
-    check_fp8(spread(4, 2, 4) + [[2, 0]], hidden, width, 4, dtype)
+    check_fp8([*spread(4, 2, 4), [2, 0]], hidden, width, 4, dtype)
 
 
 @pytest.mark.parametrize("tokens", [40, 150])
