@@ -73,4 +73,7 @@ def projection(
         like = next(iter(given.values()))
         rows = zip(names, weights, strict=True)
         bias = join([given[name] if name in given else like.new_zeros(len(weight)) for name, weight in rows])
-    return Linear(join(weights), bias, join(scales) if scales else None)
+    if not scales:
+        return Linear(join(weights), bias)
+    joined = join([weight.view(torch.uint8) for weight in weights])  # on a GPU, not every torch can join FP8
+    return Linear(joined.view(weights[0].dtype), bias, join(scales))

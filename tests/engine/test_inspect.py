@@ -88,7 +88,9 @@ def test_fp8_bytes_are_those_of_the_file(tmp_path):
 
 def test_fp8_weights_on_a_gpu_that_has_it_take_half():
     report = inspect(DOCS / "configs" / "DeepSeek-V3.json")
-    assert report.weight_bytes_without_fp8 == 2 * report.parameters + 2 * 58 * 256 * (7168 + 1)  # routers and their biases
+    assert report.weight_bytes_without_fp8 == 2 * report.parameters + 2 * 58 * 256 * (
+        7168 + 1
+    )  # routers and their biases
     assert 0.50 < report.weight_bytes / report.weight_bytes_without_fp8 < 0.51
     assert all(fit.weight_bytes_per_gpu == -(-report.weight_bytes // fit.gpus) for fit in report.fits)
     assert [fit.tokens is None for fit in report.fits] == [True, True, True, False]

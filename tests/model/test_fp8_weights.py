@@ -61,8 +61,8 @@ def test_joined_rows_keep_their_scales(rows, columns, biased, random):
     order = torch.randperm(sum(rows), generator=generator)
 
     def join(parts):
-        joined = torch.cat([part.view(torch.uint8) if part.element_size() == 1 else part for part in parts])[order]
-        return joined.view(parts[0].dtype)
+        assert parts[0].dtype in (torch.uint8, torch.float32)
+        return torch.cat(parts)[order]
 
     with_bias = [name for i, name in enumerate(names) if biased and i != 1]
     x = torch.randn(3, columns, generator=generator)
