@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,7 +43,9 @@ from engine.kernels.mla_prefill import merge_partial_triton, mla_prefill_triton
 from engine.kernels.moe import moe_triton, rows_per_scale
 from engine.kernels.norm import add_rms_norm_triton, head_norm_triton_, rms_norm_triton
 from engine.kernels.rope import rope_triton_
+from engine.kernels.route import route_triton
 from engine.kernels.sample import SamplingTensors, sample_triton
+from engine.spec import MoESpec
 
 FP8 = torch.float8_e4m3fn
 FP8_ARCH = 89  # the first that widens FP8
@@ -205,6 +208,23 @@ def fp8_cases(
     yield f"{rows} {dtype} rows times fp8 {into} x {out}{' + bias' if bias else ''}", call
 
 
+def route_cases() -> Iterator[Case]:
+    deepseek_v3 = MoESpec(
+        256, 8, 2048, scoring="sigmoid", correction_bias=True, num_groups=8, groups_per_token=4, group_score="top2_sum"
+    )
+    deepseek_v2 = MoESpec(160, 6, 1536, num_groups=8, groups_per_token=3, normalize=False, scale=16.0)
+    kimi_k2 = MoESpec(384, 8, 2048, scoring="sigmoid", correction_bias=True, scale=2.827)
+    routings = {
+        "DeepSeek-V3": deepseek_v3,
+        "DeepSeek-V2": deepseek_v2,
+        "Kimi-K2": kimi_k2,
+        "Qwen3": MoESpec(128, 8, 768),
+    }
+    for name, spec in routings.items():
+        logits = meta(64, spec.num_experts, dtype=torch.float32)
+        yield f"routing of {name}", partial(route_triton, spec, logits, logits[0] if spec.correction_bias else None)
+
+
 def other_cases() -> Iterator[Case]:
     """Kernels whose shape hardly matters."""
     hidden, bounds = meta(64, 4096), meta(65, dtype=torch.int32)
@@ -241,6 +261,7 @@ def cases(full: bool) -> Iterator[Case]:
         yield from moe_cases(tokens, 256, 8, 7168, 2048, fp8=True)
     for rows in (16, 64, 4096):
         yield from fp8_cases(rows, 7168, 24576)
+    yield from route_cases()
     yield from other_cases()
     if full:
         for rank, rope, heads in itertools.product((128, 192, 256, 448, 512), (32, 64), (8, 16, 28, 32, 64, 128)):

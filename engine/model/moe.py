@@ -1,4 +1,4 @@
-"""Mixture of experts: which experts a token goes to, and the sum of what they make of it.
+"""Mixture of experts: each token goes to a few, and gets the weighted sum of what they make of it.
 
 Routing is computed in fp32, whatever the model's dtype: near ties decide which experts run.
 """
@@ -7,36 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.fp8_linear import BLOCK
 from engine.kernels.moe import moe_torch, moe_triton, rows_per_scale
+from engine.kernels.route import route
 from engine.model.linear import projection
 from engine.model.mlp import GatedMLP
 from engine.spec import GatedMLPSpec, MoESpec
 from engine.tensor_map import under
-
-
-def route(spec: MoESpec, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E] -> each token's experts, int64 [T, k] in no order, and their weights [T, k].
-
-    `bias` [E] moves what is selected and no weight (the loss-free balancing of DeepSeek-V3, arXiv 2412.19437).
-    """
-    scores = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
-    choice = scores if bias is None else scores + bias
-    if spec.groups_per_token < spec.num_groups:
-        groups = choice.unflatten(-1, (spec.num_groups, -1))
-        best = groups.amax(-1) if spec.group_score == "max" else groups.topk(2, -1, sorted=False).values.sum(-1)
-        kept = best.topk(spec.groups_per_token, -1, sorted=False).indices
-        outside = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
-        choice = groups.masked_fill(outside[..., None], float("-inf")).flatten(-2)
-    experts = choice.topk(spec.experts_per_token, -1, sorted=False).indices
-    weights = scores.gather(-1, experts)
-    if spec.normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # as DeepSeek: sigmoids may all be 0
-    return experts, weights * spec.scale
 
 
 class MixtureOfExperts:

@@ -49,6 +49,7 @@ DEFINITIONS = {
     "sample": ["sample_torch"],
     "gated_mul": ["gated_mul_torch"],
     "fp8_linear": ["fp8_linear_torch"],
+    "route": ["route_torch"],
 }
 
 
