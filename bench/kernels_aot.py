@@ -2,6 +2,8 @@
 
     python -m bench.kernels_aot [--arch 80 90] [--full] [--json FILE]
 
+Kernels of FP8 weights are compiled for sm_90 alone: before sm_89, GPUs cannot widen FP8, and no weight stays so there.
+
 The launch wrappers themselves run, on tensors without storage, and each launch they make is compiled instead: so what
 is checked is what they would launch, tile sizes and alignment included.
 """
@@ -18,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,16 +34,21 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from engine.kernels.cache import cache_gather_triton, cache_write_triton
+from engine.kernels.fp8_linear import BLOCK, fp8_linear_triton
 from engine.kernels.gated_mul import gated_mul_triton
 from engine.kernels.gqa_decode import gqa_decode_triton
 from engine.kernels.gqa_prefill import gqa_prefill_triton
 from engine.kernels.mla_decode import mla_decode_triton
 from engine.kernels.mla_prefill import merge_partial_triton, mla_prefill_triton
-from engine.kernels.moe import moe_triton
+from engine.kernels.moe import moe_triton, rows_per_scale
 from engine.kernels.norm import add_rms_norm_triton, head_norm_triton_, rms_norm_triton
 from engine.kernels.rope import rope_triton_
+from engine.kernels.route import route_triton
 from engine.kernels.sample import SamplingTensors, sample_triton
+from engine.spec import MoESpec
 
+FP8 = torch.float8_e4m3fn
+FP8_ARCH = 89  # the first that widens FP8
 Case = tuple[str, Callable[[], object]]  # what it is, and a call that launches it
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory one program may have
 
@@ -176,14 +184,45 @@ def gqa_cases(heads: int, kv_heads: int, dim: int, limits: Limits = NO_LIMITS) -
     yield f"gqa prefill {shape}", lambda: gqa_prefill_triton(*prefill)
 
 
-def moe_cases(tokens: int, experts: int, chosen: int, hidden: int, width: int) -> Iterator[Case]:
+def moe_cases(tokens: int, experts: int, chosen: int, hidden: int, width: int, fp8: bool = False) -> Iterator[Case]:
     """`tokens` that choose `chosen` of `experts` experts: their number decides the tiles."""
 
     def call() -> None:
         who, weights = meta(tokens, chosen, dtype=torch.int64), meta(tokens, chosen, dtype=torch.float32)
-        moe_triton(meta(tokens, hidden), who, weights, meta(experts, 2 * width, hidden), meta(experts, hidden, width))
+        dtype = FP8 if fp8 else torch.bfloat16
+        gate_up, down = meta(experts, 2 * width, hidden, dtype=dtype), meta(experts, hidden, width, dtype=dtype)
+        shapes = (2 * width // rows_per_scale(width), -(-hidden // BLOCK)), (-(-hidden // BLOCK), -(-width // BLOCK))
+        scales = [meta(experts, *shape, dtype=torch.float32) for shape in shapes if fp8]
+        moe_triton(meta(tokens, hidden), who, weights, gate_up, down, *scales)
 
-    yield f"{tokens} tokens to {chosen} of {experts} experts {hidden} x {width}", call
+    yield f"{tokens} tokens to {chosen} of {experts}{' fp8' if fp8 else ''} experts {hidden} x {width}", call
+
+
+def fp8_cases(
+    rows: int, into: int, out: int, dtype: torch.dtype = torch.bfloat16, bias: bool = False
+) -> Iterator[Case]:
+    def call() -> None:
+        weight, scale = meta(out, into, dtype=FP8), meta(out, -(-into // BLOCK), dtype=torch.float32)
+        fp8_linear_triton(meta(rows, into, dtype=dtype), weight, scale, meta(out, dtype=dtype) if bias else None)
+
+    yield f"{rows} {dtype} rows times fp8 {into} x {out}{' + bias' if bias else ''}", call
+
+
+def route_cases() -> Iterator[Case]:
+    deepseek_v3 = MoESpec(
+        256, 8, 2048, scoring="sigmoid", correction_bias=True, num_groups=8, groups_per_token=4, group_score="top2_sum"
+    )
+    deepseek_v2 = MoESpec(160, 6, 1536, num_groups=8, groups_per_token=3, normalize=False, scale=16.0)
+    kimi_k2 = MoESpec(384, 8, 2048, scoring="sigmoid", correction_bias=True, scale=2.827)
+    routings = {
+        "DeepSeek-V3": deepseek_v3,
+        "DeepSeek-V2": deepseek_v2,
+        "Kimi-K2": kimi_k2,
+        "Qwen3": MoESpec(128, 8, 768),
+    }
+    for name, spec in routings.items():
+        logits = meta(64, spec.num_experts, dtype=torch.float32)
+        yield f"routing of {name}", partial(route_triton, spec, logits, logits[0] if spec.correction_bias else None)
 
 
 def other_cases() -> Iterator[Case]:
@@ -219,6 +258,10 @@ def cases(full: bool) -> Iterator[Case]:
     yield from gqa_cases(16, 8, 256, limits=GEMMA2)
     for tokens in (64, 2048, 8192):  # tiles of 16, 64 and 128 rows
         yield from moe_cases(tokens, 256, 8, 7168, 2048)
+        yield from moe_cases(tokens, 256, 8, 7168, 2048, fp8=True)
+    for rows in (16, 64, 4096):
+        yield from fp8_cases(rows, 7168, 24576)
+    yield from route_cases()
     yield from other_cases()
     if full:
         for rank, rope, heads in itertools.product((128, 192, 256, 448, 512), (32, 64), (8, 16, 28, 32, 64, 128)):
@@ -243,6 +286,10 @@ def cases(full: bool) -> Iterator[Case]:
         for experts, chosen, hidden, width in ((64, 6, 2048, 1408), (60, 4, 2048, 1408), (384, 8, 7168, 2048)):
             for tokens in (64, 512, 8192):
                 yield from moe_cases(tokens, experts, chosen, hidden, width)
+                yield from moe_cases(tokens, experts, chosen, hidden, width, fp8=True)
+        for rows, dtype in itertools.product((16, 64, 4096), (torch.bfloat16, torch.float16, torch.float32)):
+            for into, out in ((7168, 2112), (7168, 4096), (1408, 2048), (1500, 200)):
+                yield from fp8_cases(rows, into, out, dtype, bias=out == 2112)
         for heads, kv_heads, dim in ((32, 4, 64), (28, 4, 128), (14, 2, 64), (8, 8, 80), (16, 8, 256)):
             yield from gqa_cases(heads, kv_heads, dim)
 
@@ -259,7 +306,10 @@ def main() -> None:
     for shape, call in cases(options.full):
         for launch in record(call):
             key = repr((launch.kernel, argument_types(launch), launch.options))
+            fp8 = any(isinstance(value, Tensor) and value.dtype == FP8 for value in launch.args.values())
             for arch in options.arch if key not in seen else ():
+                if fp8 and arch < FP8_ARCH:
+                    continue
                 usages.append(compile_launch(launch, arch, shape))
                 print(usages[-1], flush=True)
             seen.add(key)

@@ -5,6 +5,8 @@
 On one GPU the figures are this engine's. For several they assume tensor parallelism: weights divided evenly, KV heads
 of GQA divided as far as they go, and the latent of MLA, which every head reads, whole on each GPU. Of each GPU's
 memory 90 % is taken for weights and cache, as EngineConfig has it; the work space of a step comes out of the rest.
+They are GPUs with FP8 (H100, H200), on which weights that are stored in it stay so; elsewhere, on A100s for one, these
+are multiplied out.
 """
 
 from __future__ import annotations
@@ -20,9 +22,13 @@ from pathlib import Path
 from engine.checkpoint.checkpoint import read_config
 from engine.checkpoint.fp8 import read_fp8_block
 from engine.checkpoint.json_file import read_json_object
-from engine.checkpoint.layout import expected_tensors
+from engine.checkpoint.layout import expected_tensors, layer_tensors
 from engine.config import EngineConfig
 from engine.errors import EngineError
+from engine.kernels.fp8_linear import BLOCK
+from engine.kernels.moe import rows_per_scale
+from engine.model.fp8_weights import CAPABILITY as FP8_CAPABILITY
+from engine.model.fp8_weights import staying_fp8
 from engine.model.load import DTYPES, ROUTER
 from engine.spec import AttentionSpec, GQASpec, ModelSpec, MoESpec
 
@@ -63,8 +69,9 @@ class Report:
     max_position_embeddings: int
     stored_dtype: str  # "float8_e4m3fn": that of the projections; the rest is in `dtype`
     stored_weight_bytes: int
-    dtype: str  # of the weights and the cache once loaded
-    weight_bytes: int
+    dtype: str  # of the cache and, but for those that stay FP8, of the weights once loaded
+    weight_bytes: int  # once loaded, on a GPU with FP8
+    weight_bytes_without_fp8: int  # once loaded elsewhere; the same unless stored_dtype is FP8
     cache_bytes_per_token: int
     conversion: Conversion | None
     fits: tuple[Fit, ...]
@@ -80,8 +87,9 @@ def inspect(path: Path) -> Report:
     )
     size = DTYPES[spec.dtype].itemsize
     router = sum(math.prod(shape) for name, shape in shapes.items() if f".{ROUTER}" in name)
-    weight_bytes = parameters * size + router * (4 - size)  # routers compute in fp32
+    multiplied_out = parameters * size + router * (4 - size)  # routers compute in fp32
     quantized = bool(config.get("quantization_config"))
+    weight_bytes = multiplied_out - (_saved_by_fp8(spec, read_fp8_block(config), size) if quantized else 0)
     return Report(
         model=path.resolve().name.removesuffix(".json"),
         config=config.get("_source"),
@@ -92,9 +100,10 @@ def inspect(path: Path) -> Report:
         active_parameters=parameters - unused - (0 if spec.tie_embeddings else spec.vocab_size * spec.hidden_size),
         max_position_embeddings=spec.max_position_embeddings,
         stored_dtype="float8_e4m3fn" if quantized else spec.dtype,
-        stored_weight_bytes=_fp8_bytes(shapes, read_fp8_block(config), size) if quantized else parameters * size,
+        stored_weight_bytes=_stored_fp8_bytes(shapes, read_fp8_block(config), size) if quantized else parameters * size,
         dtype=spec.dtype,
         weight_bytes=weight_bytes,
+        weight_bytes_without_fp8=multiplied_out,
         cache_bytes_per_token=spec.cache_bytes_per_token(size),
         conversion=_conversion(path, spec.cache_bytes_per_token(size)),
         fits=tuple(_fit(spec, weight_bytes, gpus, gigabytes) for gpus, gigabytes in GPUS),
@@ -105,15 +114,33 @@ def _mixtures(spec: ModelSpec) -> Iterator[MoESpec]:
     return (layer.mlp for layer in spec.layers if isinstance(layer.mlp, MoESpec))
 
 
-def _fp8_bytes(shapes: dict[str, tuple[int, ...]], block: tuple[int, ...], size: int) -> int:
+def _stored_fp8_bytes(shapes: dict[str, tuple[int, ...]], block: tuple[int, ...], size: int) -> int:
     """The layers' projections but for routers take a byte each and an fp32 scale a block; the rest is as it is."""
     total = 0
     for name, shape in shapes.items():
-        if len(shape) == 2 and ".layers." in name and f".{ROUTER}" not in name:
+        if ".layers." in name and _is_projection(name, shape):
             total += math.prod(shape) + 4 * math.prod(-(-n // b) for n, b in zip(shape, block, strict=True))
         else:
             total += math.prod(shape) * size
     return total
+
+
+def _is_projection(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and ROUTER not in name
+
+
+def _saved_by_fp8(spec: ModelSpec, block: tuple[int, ...], size: int) -> int:
+    """Bytes by which the projections that stay FP8 take less, with their scales, than multiplied out."""
+    saved = 0
+    for layer in spec.layers:
+        shapes = layer_tensors(layer, spec.hidden_size)
+        stored = [name for name, shape in shapes.items() if _is_projection(name, shape)]
+        for name in staying_fp8(stored, shapes, block, FP8_CAPABILITY):
+            rows, columns = shapes[name]
+            if ".experts." in name:  # whose scales serve groups of rows
+                rows = -(-rows // (BLOCK if ".down_proj." in name else rows_per_scale(rows)))
+            saved += math.prod(shapes[name]) * (size - 1) - 4 * rows * -(-columns // BLOCK)
+    return saved
 
 
 def _fit(spec: ModelSpec, weight_bytes: int, gpus: int, gigabytes: int) -> Fit:
@@ -149,7 +176,7 @@ def text(report: Report) -> str:
         f"up to {report.max_position_embeddings:,} tokens",
         f"parameters              {_billions(report.parameters)}, {_billions(report.active_parameters)} for a token",
         f"weights as stored       {_gigabytes(report.stored_weight_bytes)} ({report.stored_dtype})",
-        f"weights as loaded       {_gigabytes(report.weight_bytes)} ({report.dtype})",
+        f"weights as loaded       {_gigabytes(report.weight_bytes)} ({_loaded_as(report)})",
         f"cache bytes per token   {report.cache_bytes_per_token:,}",
     ]
     if (conversion := report.conversion) is not None:
@@ -166,16 +193,24 @@ def text(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _loaded_as(report: Report) -> str:
+    if report.weight_bytes == report.weight_bytes_without_fp8:
+        return report.dtype
+    elsewhere = f"{_gigabytes(report.weight_bytes_without_fp8)} in {report.dtype} elsewhere"
+    return f"{report.stored_dtype} on a GPU that has it, {elsewhere}"
+
+
 def table(reports: list[Report]) -> str:
     """For many models, as a table in Markdown."""
-    head = ["model", "attention", "parameters", "for a token", "stored", "loaded", "cache bytes per token"]
-    head += [f"on each of {GPUS[-1][0]} GPUs"]
+    head = ["model", "attention", "parameters", "for a token", "stored", "loaded", "without FP8"]
+    head += ["cache bytes per token", f"on each of {GPUS[-1][0]} GPUs"]
     head += [f"{gpus} x {gigabytes} GB" for gpus, gigabytes in GPUS]
     rows = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
     for r in reports:
         fits = ["–" if fit.tokens is None else f"{fit.tokens:,}" for fit in r.fits]
-        sizes = [_gigabytes(r.stored_weight_bytes), _gigabytes(r.weight_bytes), f"{r.cache_bytes_per_token:,}"]
-        sizes.append(f"{r.fits[-1].cache_bytes_per_token_per_gpu:,}")
+        weights = (r.stored_weight_bytes, r.weight_bytes, r.weight_bytes_without_fp8)
+        cache = (r.cache_bytes_per_token, r.fits[-1].cache_bytes_per_token_per_gpu)
+        sizes = [*map(_gigabytes, weights), *(f"{count:,}" for count in cache)]
         rows.append(
             [r.model, r.attention.upper(), _billions(r.parameters), _billions(r.active_parameters), *sizes, *fits]
         )

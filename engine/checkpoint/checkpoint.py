@@ -7,7 +7,7 @@ missing, extra or mis-shaped was refused by name when it was opened, from the fi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.checkpoint import mla_format
 from engine.checkpoint.deepseek import read_deepseek_v2, read_deepseek_v3, read_glm4_moe_lite
-from engine.checkpoint.fp8 import Fp8Files, read_fp8_block
+from engine.checkpoint.fp8 import Fp8Files, read_fp8_block, scale_name
 from engine.checkpoint.gemma2 import read_gemma2
 from engine.checkpoint.generation import GenerationDefaults, read_generation_defaults
 from engine.checkpoint.gqa_moe import mixtral_name, qwen_moe_name, read_mixtral, read_qwen2_moe, read_qwen3_moe
@@ -94,13 +94,37 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: config.json ties the embeddings, but {EMBEDDING} and {HEAD} differ")
         return tensors
 
-    def layer(self, index: int) -> Mapping[str, Tensor]:
+    @property
+    def fp8_block(self) -> tuple[int, ...] | None:
+        """Rows and columns that share a scale, where weights are stored in FP8."""
+        return self._files.block if isinstance(self._files, Fp8Files) else None
+
+    def fp8_weights(self, index: int) -> frozenset[str]:
+        """Which of a layer's tensors are stored in FP8, named as by `layer`."""
+        if not isinstance(self._files, Fp8Files):
+            return frozenset()
+        names = layer_tensors(self.spec.layers[index], self.spec.hidden_size)
+        return frozenset(name for name in names if self._stored(name, index) in self._files.scaled)
+
+    def layer(self, index: int, keep_fp8: Collection[str] = ()) -> Mapping[str, Tensor]:
         """One layer's tensors, named without `model.layers.<i>.`: self_attn.q_proj.weight and so on.
 
-        Each is read when it is asked for, and again when asked for again.
+        Each is read when it is asked for, and again when asked for again. FP8 is multiplied out, but for `keep_fp8`,
+        some of `fp8_weights`: they are float8_e4m3fn, and self_attn.q_proj.scale goes with self_attn.q_proj.weight,
+        fp32 [out, ceil(in / columns of a block)].
         """
         names = layer_tensors(self.spec.layers[index], self.spec.hidden_size)
-        return TensorMap(names, lambda name: self._files.load(stored_name(self._rename(name), index)))
+        makers = dict.fromkeys(names, self._files.load)
+        sources = {name: self._stored(name, index) for name in names}
+        if isinstance(self._files, Fp8Files):
+            for name in keep_fp8:
+                makers[name] = self._files.load_fp8
+                makers[scale_name(name)] = self._files.load_scale
+                sources[scale_name(name)] = sources[name]
+        return TensorMap(sources, lambda name: makers[name](sources[name]))
+
+    def _stored(self, name: str, index: int) -> str:
+        return stored_name(self._rename(name), index)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

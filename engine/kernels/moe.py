@@ -4,10 +4,14 @@ On a GPU the (token, expert) pairs are sorted by expert, so that an expert's pai
 rows needs one expert's weights (MegaBlocks, arXiv 2211.15841). Two launches serve all experts: one computes
 silu(gate(x)) * up(x), one projects that down. Where an expert's rows begin stays on the device: the host launches as
 many tiles as there could be, and never waits to learn which experts were chosen.
+
+Weights may be FP8 with scales, multiplied as in fp8_linear.py. Here a scale serves a group of rows as well, as it is
+published: 128 of them, or fewer where ups would otherwise share a group with gates (`rows_per_scale`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from engine.kernels._triton import jit, next_power_of_2, tl
 from engine.kernels.attention_parts import find_tile
+from engine.kernels.fp8_linear import BLOCK
 from engine.kernels.gated_mul import gated_mul_torch
 
 Projection = Callable[[Tensor], Tensor]  # [n, in] -> [n, out]
@@ -40,6 +45,11 @@ def moe_torch(
     return out.to(x.dtype)
 
 
+def rows_per_scale(width: int) -> int:
+    """Rows of gates and ups, `width` of each expert's, that share a scale."""
+    return math.gcd(width, BLOCK)
+
+
 @dataclass(frozen=True)
 class _Tile:
     rows: int
@@ -62,6 +72,7 @@ def _tile(pairs: int, num_experts: int, element_size: int) -> _Tile:
 def _experts_kernel(
     x_ptr: tl.tensor,  # GATED: [T, DEPTH] by token; else [T k, DEPTH] in the order of the pairs
     weight_ptr: tl.tensor,  # [E, 2 WIDTH if GATED else WIDTH, DEPTH]
+    scale_ptr: tl.tensor,  # fp32 [E, weight's rows / SCALED rounded up, ceil(DEPTH / BLOCK)]; not read unless SCALED
     out_ptr: tl.tensor,  # [T k, WIDTH]; GATED: in the order of the pairs; else by pair
     order_ptr: tl.tensor,  # int64 [T k], the pairs (token * k + choice) by expert
     bounds_ptr: tl.tensor,  # int32 [E + 1] of each expert's pairs in that order
@@ -72,6 +83,8 @@ def _experts_kernel(
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     GATED: tl.constexpr,
+    SCALED: tl.constexpr,  # rows that share a scale, which divides WIDTH where GATED; 0: the weight has no scales
+    BLOCK: tl.constexpr,  # columns that share a scale; STEP divides it
     EXPERTS: tl.constexpr,  # a power of two, at least num_experts
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -92,6 +105,10 @@ def _experts_kernel(
     else:
         rows = x_ptr + places.to(tl.int64) * x_stride
         weight_rows = weight_ptr + (expert.to(tl.int64) * WIDTH + columns) * DEPTH
+    if SCALED:
+        SCALES: tl.constexpr = (DEPTH + BLOCK - 1) // BLOCK  # of a row
+        GROUPS: tl.constexpr = ((2 * WIDTH if GATED else WIDTH) + SCALED - 1) // SCALED
+        scales = scale_ptr + (expert * GROUPS + columns // SCALED) * SCALES
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     acc_up = acc
     for start in tl.range(0, DEPTH, STEP, num_stages=STAGES):
@@ -101,10 +118,18 @@ def _experts_kernel(
         weight_tile = weight_rows[:, None] + channels[None, :]
         weight_mask = column_mask[:, None] & inside
         weight = tl.load(weight_tile, mask=weight_mask, other=0.0)
-        acc = tl.dot(x, weight.T, acc, input_precision="ieee")
+        if SCALED:
+            scale = tl.load(scales + start // BLOCK, mask=column_mask, other=0.0)
+            acc += tl.dot(x, weight.to(x.dtype).T, input_precision="ieee") * scale[None, :]
+        else:
+            acc = tl.dot(x, weight.T, acc, input_precision="ieee")
         if GATED:
             up = tl.load(weight_tile + WIDTH * DEPTH, mask=weight_mask, other=0.0)
-            acc_up = tl.dot(x, up.T, acc_up, input_precision="ieee")
+            if SCALED:
+                scale = tl.load(scales + WIDTH // SCALED * SCALES + start // BLOCK, mask=column_mask, other=0.0)
+                acc_up += tl.dot(x, up.to(x.dtype).T, input_precision="ieee") * scale[None, :]
+            else:
+                acc_up = tl.dot(x, up.T, acc_up, input_precision="ieee")
     if GATED:
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
         out_rows = out_ptr + places.to(tl.int64) * WIDTH
@@ -122,10 +147,20 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(sorted_experts, every, out_int32=True)
 
 
-def moe_triton(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def moe_triton(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+) -> Tensor:
     """x [T, hidden] -> [T, hidden]: the sum of each token's experts' outputs times their weights.
 
-    experts int64 and weights fp32 [T, k]; gate_up [E, 2 I, hidden], the gates' rows first; down [E, hidden, I].
+    experts int64 and weights fp32 [T, k]; gate_up [E, 2 I, hidden], the gates' rows first; down [E, hidden, I]. Where
+    these are float8_e4m3fn: gate_up_scale fp32 [E, 2 I / rows_per_scale(I), ceil(hidden / 128)], down_scale fp32
+    [E, ceil(hidden / 128), ceil(I / 128)].
     """
     num_tokens, k = experts.shape
     num_experts, hidden, width = down.shape
@@ -138,10 +173,14 @@ def moe_triton(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, dow
     weights = weights.contiguous()
     tile = _tile(pairs, num_experts, x.element_size())
     row_tiles = -(-pairs // tile.rows) + min(num_experts, pairs)
-    for source, weight, out, gated in ((x, gate_up, inner, True), (inner, down, partial, False)):
+    for source, weight, scale, group, out, gated in (
+        (x, gate_up, gate_up_scale, rows_per_scale(width), inner, True),
+        (inner, down, down_scale, BLOCK, partial, False),
+    ):
         _experts_kernel[(row_tiles, -(-out.shape[1] // tile.columns))](
-            source, weight, out, order, bounds, weights, num_experts, k, source.stride(0),
-            DEPTH=source.shape[1], WIDTH=out.shape[1], GATED=gated, EXPERTS=next_power_of_2(num_experts),
-            ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+            source, weight, weight if scale is None else scale, out, order, bounds, weights, num_experts, k,
+            source.stride(0), DEPTH=source.shape[1], WIDTH=out.shape[1], GATED=gated,
+            SCALED=0 if scale is None else group, BLOCK=BLOCK, EXPERTS=next_power_of_2(num_experts), ROWS=tile.rows,
+            COLUMNS=tile.columns, STEP=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return partial.view(num_tokens, k, hidden).sum(1)

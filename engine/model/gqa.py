@@ -6,6 +6,8 @@ row as it lies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from engine.kernels.gqa_prefill import gqa_prefill
 from engine.kernels.norm import head_norm_
 from engine.kernels.rope import rope_
 from engine.model.batch import Batch
-from engine.model.linear import Linear
+from engine.model.linear import projection
 from engine.model.rotary import interleave
 from engine.spec import GQASpec
 
@@ -29,16 +31,17 @@ class GQAttention:
         self.spec = spec
         heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}
 
-        def fused(kind: str) -> Tensor:
-            parts = [interleave(tensors[f"{name}.{kind}"], spec.rope, n) for name, n in heads.items()]
-            return torch.cat([*parts, tensors[f"v_proj.{kind}"]])
+        def join(parts: Sequence[Tensor]) -> Tensor:
+            rotated = [interleave(part, spec.rope, n) for part, n in zip(parts, heads.values(), strict=False)]
+            return torch.cat([*rotated, parts[2]])
 
-        self.qkv = Linear(fused("weight"), fused("bias") if spec.qkv_bias else None)
+        names = ("q_proj", "k_proj", "v_proj")
+        self.qkv = projection(tensors, *names, biased=names if spec.qkv_bias else (), join=join)
         self.head_norm: Tensor | None = None  # [H + g, D]
         if spec.qk_norm_eps is not None:
             norms = ((tensors[f"{name[0]}_norm.weight"], n) for name, n in heads.items())
             self.head_norm = torch.cat([interleave(weight, spec.rope, 1).expand(n, -1) for weight, n in norms])
-        self.o = Linear(tensors["o_proj.weight"], tensors["o_proj.bias"] if spec.o_bias else None)
+        self.o = projection(tensors, "o_proj", biased=("o_proj",) if spec.o_bias else ())
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor, table: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]; writes the tokens' rows into cache [num_blocks, block_size, 2 g D]."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.norm import head_norm_
-from engine.model.linear import Linear
+from engine.model.linear import projection
 from engine.model.rotary import interleave, interleave_row
 from engine.spec import MLASpec
 
@@ -28,16 +28,14 @@ class HeadNormedProjection:
         self.spec, self.eps = spec, norm.eps
         self.q_width, self.kv_width = spec.num_heads * norm.head_dim, 2 * norm.num_kv_heads * norm.head_dim
 
-        def fused(kind: str) -> Tensor:
-            return torch.cat([tensors[f"{name}_proj.{kind}"] for name in "qkv"])
-
-        def row(kind: str) -> Tensor:
-            return interleave_row(tensors[f"kv_a_proj_with_mqa.{kind}"], spec)
-
-        self.qkv = Linear(fused("weight"), fused("bias") if spec.q_bias else None)
+        names = ("q_proj", "k_proj", "v_proj")
+        self.qkv = projection(tensors, *names, biased=names if spec.q_bias else ())
         counts = {"q": spec.num_heads, "k": norm.num_kv_heads}
         self.norm = torch.cat([tensors[f"{name}_norm.weight"].expand(n, -1) for name, n in counts.items()])
-        self.row = Linear(row("weight"), row("bias") if spec.kv_a_bias else None)
+        row = "kv_a_proj_with_mqa"
+        self.row = projection(
+            tensors, row, biased=(row,) if spec.kv_a_bias else (), join=lambda parts: interleave_row(parts[0], spec)
+        )
         q_rope = tensors["q_rope_proj.weight"]
         if spec.qk_rope_head_dim:
             q_rope = interleave(q_rope, spec.rope, spec.num_heads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint.fp8 import scale_name
+from engine.checkpoint.layout import layer_tensors
 from engine.errors import CapacityError, CheckpointError, EngineError
+from engine.model.fp8_weights import capability, staying_fp8
 from engine.model.transformer import Transformer
 from engine.tensor_map import TensorMap
 
@@ -26,6 +29,7 @@ def load_model(
 ) -> Transformer:
     """Load a model, one tensor at a time where the device is a GPU: nothing is on it twice, and little on the host.
 
+    FP8 weights stay FP8 where `staying_fp8` says so, whatever the dtype, and are multiplied out elsewhere.
     `device` None: cuda where there is one. `dtype` "auto": float32 on a CPU, the checkpoint's own on a GPU. Raises
     CheckpointError for a bad checkpoint or for weights beyond the dtype's range, CapacityError where the device is too
     small, EngineError for a device or dtype that does not exist.
@@ -34,8 +38,10 @@ def load_model(
     target = resolve_device(device)
     kind = resolve_dtype(dtype, checkpoint.spec.dtype, target)
 
-    def placed(tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
+    def placed(tensors: Mapping[str, Tensor], where: str, unrounded: Collection[str] = ()) -> Mapping[str, Tensor]:
         def make(name: str) -> Tensor:
+            if name in unrounded:
+                return tensors[name].to(target)
             dtype = torch.float32 if name.startswith(ROUTER) else kind
             return _cast(tensors[name], target, dtype, f"{checkpoint.path}: {where}{name}")
 
@@ -43,7 +49,9 @@ def load_model(
 
     def layers() -> Iterator[Mapping[str, Tensor]]:
         for i in tqdm(range(len(checkpoint.spec.layers)), "loading", unit="layer", disable=not progress):
-            yield placed(checkpoint.layer(i), f"layer {i}: ")
+            shapes = layer_tensors(checkpoint.spec.layers[i], checkpoint.spec.hidden_size)
+            fp8 = staying_fp8(checkpoint.fp8_weights(i), shapes, checkpoint.fp8_block, capability(target))
+            yield placed(checkpoint.layer(i, fp8), f"layer {i}: ", fp8 | {scale_name(name) for name in fp8})
 
     try:
         return Transformer(checkpoint.spec, dict(placed(checkpoint.outer(), "")), layers())

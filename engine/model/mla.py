@@ -24,7 +24,7 @@ from engine.kernels.norm import rms_norm
 from engine.kernels.rope import rope_
 from engine.model.batch import Batch
 from engine.model.head_norm import HeadNormedProjection
-from engine.model.linear import Linear
+from engine.model.linear import projection
 from engine.model.low_rank_query import LowRankQueryProjection
 from engine.model.rotary import interleave_queries, interleave_row
 from engine.spec import MLASpec
@@ -44,7 +44,7 @@ class MLAttention:
         self.kv_b = tensors["kv_b_proj.weight"].unflatten(0, (spec.num_heads, -1))
         self.k_up = self.kv_b[:, : spec.qk_nope_head_dim]  # [H, n, r]
         self.v_down = self.kv_b[:, spec.qk_nope_head_dim :].mT  # [H, r, v]
-        self.o = Linear(tensors["o_proj.weight"], tensors["o_proj.bias"] if spec.o_bias else None)
+        self.o = projection(tensors, "o_proj", biased=("o_proj",) if spec.o_bias else ())
 
     def _projection(self, tensors: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         spec = self.spec
@@ -52,17 +52,11 @@ class MLAttention:
             return HeadNormedProjection(spec, tensors)
         if spec.q_lora_rank is not None:
             return LowRankQueryProjection(spec, tensors)
-
-        def fused(kind: str, with_q: bool, with_kv: bool) -> Tensor:
-            q_name, kv_name = f"q_proj.{kind}", f"kv_a_proj_with_mqa.{kind}"
-            like = tensors[q_name if with_q else kv_name]
-            q_rows = spec.num_heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim)
-            q = tensors[q_name] if with_q else like.new_zeros(q_rows, *like.shape[1:])
-            kv = tensors[kv_name] if with_kv else like.new_zeros(spec.cache_width, *like.shape[1:])
-            return torch.cat((interleave_row(kv, spec), interleave_queries(q, spec)))
-
-        biased = spec.q_bias or spec.kv_a_bias
-        return Linear(fused("weight", True, True), fused("bias", spec.q_bias, spec.kv_a_bias) if biased else None)
+        biased = [name for name, has in (("kv_a_proj_with_mqa", spec.kv_a_bias), ("q_proj", spec.q_bias)) if has]
+        return projection(
+            tensors, "kv_a_proj_with_mqa", "q_proj", biased=biased,
+            join=lambda parts: torch.cat((interleave_row(parts[0], spec), interleave_queries(parts[1], spec))),
+        )  # fmt: skip
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor, table: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]; writes the tokens' rows into cache [num_blocks, block_size, r + G dr]."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.gated_mul import gated_mul
-from engine.model.linear import Linear
+from engine.model.linear import projection
 from engine.spec import Activation, GatedMLPSpec, PlainMLPSpec
 
 
@@ -30,13 +29,10 @@ class GatedMLP:
 
     def __init__(self, spec: GatedMLPSpec, tensors: Mapping[str, Tensor]) -> None:
         """`tensors`: gate_proj, up_proj, down_proj as `<name>.weight` and, where the spec has them, `<name>.bias`."""
-
-        def fused(kind: str) -> Tensor:
-            return torch.cat((tensors[f"gate_proj.{kind}"], tensors[f"up_proj.{kind}"]))
-
         self.activation = spec.activation
-        self.gate_up = Linear(fused("weight"), fused("bias") if spec.bias else None)
-        self.down = Linear(tensors["down_proj.weight"], tensors["down_proj.bias"] if spec.bias else None)
+        both = ("gate_proj", "up_proj")
+        self.gate_up = projection(tensors, *both, biased=both if spec.bias else ())
+        self.down = projection(tensors, "down_proj", biased=("down_proj",) if spec.bias else ())
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
@@ -49,8 +45,8 @@ class PlainMLP:
     def __init__(self, spec: PlainMLPSpec, tensors: Mapping[str, Tensor]) -> None:
         """`tensors`: up_proj, down_proj as `<name>.weight` and, where the spec has them, `<name>.bias`."""
         self.activation = ACTIVATIONS[spec.activation]
-        self.up = Linear(tensors["up_proj.weight"], tensors["up_proj.bias"] if spec.bias else None)
-        self.down = Linear(tensors["down_proj.weight"], tensors["down_proj.bias"] if spec.bias else None)
+        self.up = projection(tensors, "up_proj", biased=("up_proj",) if spec.bias else ())
+        self.down = projection(tensors, "down_proj", biased=("down_proj",) if spec.bias else ())
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""

@@ -1,4 +1,4 @@
-"""Mixture of experts: which experts a token goes to, and the sum of what they make of it.
+"""Mixture of experts: each token goes to a few, and gets the weighted sum of what they make of it.
 
 Routing is computed in fp32, whatever the model's dtype: near ties decide which experts run.
 """
@@ -7,35 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.moe import moe_torch, moe_triton
-from engine.model.linear import Linear
+from engine.kernels.fp8_linear import BLOCK
+from engine.kernels.moe import moe_torch, moe_triton, rows_per_scale
+from engine.kernels.route import route
+from engine.model.linear import projection
 from engine.model.mlp import GatedMLP
 from engine.spec import GatedMLPSpec, MoESpec
 from engine.tensor_map import under
-
-
-def route(spec: MoESpec, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E] -> each token's experts, int64 [T, k] in no order, and their weights [T, k].
-
-    `bias` [E] moves what is selected and no weight (the loss-free balancing of DeepSeek-V3, arXiv 2412.19437).
-    """
-    scores = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
-    choice = scores if bias is None else scores + bias
-    if spec.groups_per_token < spec.num_groups:
-        groups = choice.unflatten(-1, (spec.num_groups, -1))
-        best = groups.amax(-1) if spec.group_score == "max" else groups.topk(2, -1, sorted=False).values.sum(-1)
-        kept = best.topk(spec.groups_per_token, -1, sorted=False).indices
-        outside = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
-        choice = groups.masked_fill(outside[..., None], float("-inf")).flatten(-2)
-    experts = choice.topk(spec.experts_per_token, -1, sorted=False).indices
-    weights = scores.gather(-1, experts)
-    if spec.normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # as DeepSeek: sigmoids may all be 0
-    return experts, weights * spec.scale
 
 
 class MixtureOfExperts:
@@ -53,7 +34,7 @@ class MixtureOfExperts:
         if spec.shared_intermediate_size:
             self.shared = GatedMLP(GatedMLPSpec(spec.shared_intermediate_size), under(tensors, "shared_experts."))
         if spec.shared_gate:
-            self.shared_gate = Linear(tensors["shared_expert_gate.weight"])
+            self.shared_gate = projection(tensors, "shared_expert_gate")
         if self.router.is_cuda:
             self._stacked = stack(spec, tensors)
         else:
@@ -75,13 +56,23 @@ class MixtureOfExperts:
         return out + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
 
 
-def stack(spec: MoESpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """-> gate_up [E, 2 I, hidden], down [E, hidden, I]."""
-    first, width = tensors["experts.0.down_proj.weight"], spec.intermediate_size
+def stack(spec: MoESpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """-> gate_up [E, 2 I, hidden], down [E, hidden, I]; where they are FP8, their scales as well: as moe_triton's."""
+    weights = _stacked(spec, tensors, "weight", 1, 1)
+    if "experts.0.down_proj.scale" not in tensors:
+        return weights
+    return *weights, *_stacked(spec, tensors, "scale", rows_per_scale(spec.intermediate_size), BLOCK)
+
+
+def _stacked(
+    spec: MoESpec, tensors: Mapping[str, Tensor], kind: str, gate_step: int, down_step: int
+) -> tuple[Tensor, Tensor]:
+    """Each expert's `<name>.<kind>`, gates and ups one above the other, of every step-th row."""
+    first, width = tensors[f"experts.0.down_proj.{kind}"][::down_step], spec.intermediate_size // gate_step
     down = first.new_empty(spec.num_experts, *first.shape)
     gate_up = first.new_empty(spec.num_experts, 2 * width, first.shape[0])
     for i in range(spec.num_experts):
-        gate_up[i, :width] = tensors[f"experts.{i}.gate_proj.weight"]
-        gate_up[i, width:] = tensors[f"experts.{i}.up_proj.weight"]
-        down[i] = tensors[f"experts.{i}.down_proj.weight"]
+        gate_up[i, :width] = tensors[f"experts.{i}.gate_proj.{kind}"][::gate_step]
+        gate_up[i, width:] = tensors[f"experts.{i}.up_proj.{kind}"][::gate_step]
+        down[i] = tensors[f"experts.{i}.down_proj.{kind}"][::down_step]
     return gate_up, down

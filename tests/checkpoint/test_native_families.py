@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +262,38 @@ class TestFp8:
             [t == meant[f"model.layers.2.{n}"] for n, t in checkpoint.layer(2).items() if "up_proj" in n]
         )
         assert exact.float().mean() > 0.99  # fp32 products in between may round a few the other way
+
+    def test_weights_that_stay(self, tmp_path: Path) -> None:
+        """As stored, and a scale for each row; the others as ever."""
+        folder, meant = write_fp8(tmp_path, torch.float32)
+        checkpoint, stored = open_checkpoint(folder), load_file(folder / "model.safetensors")
+        assert checkpoint.fp8_block == (8, 8)
+        name, kept = self.NAME.removeprefix("model.layers.1."), checkpoint.fp8_weights(1)
+        assert {f"model.layers.1.{n}_scale_inv" for n in kept} == {
+            n for n in stored if re.search(r"layers\.1\..*_inv", n)
+        }
+        tensors = checkpoint.layer(1, [name])
+        weight, scale = tensors[name], tensors[name.replace("weight", "scale")]
+        assert torch.equal(weight.view(torch.uint8), stored[self.NAME].view(torch.uint8))
+        assert torch.equal(scale, stored[f"{self.NAME}_scale_inv"].repeat_interleave(8, 0)[:20])
+        assert set(tensors) == {*checkpoint.layer(1), name.replace("weight", "scale")}
+        torch.testing.assert_close(weight.float() * scale.repeat_interleave(8, 1), meant[self.NAME])
+        other = "mlp.experts.1.gate_proj.weight"
+        assert torch.equal(tensors[other], checkpoint.layer(1)[other])
+
+    @pytest.mark.parametrize("value", [float("nan"), -float("nan")])
+    def test_weights_that_stay_are_finite(self, tmp_path: Path, value: float) -> None:
+        folder, _ = write_fp8(tmp_path)
+        weight = load_file(folder / "model.safetensors")[self.NAME]
+        weight[19, 15] = value
+        assert weight.view(torch.uint8)[19, 15] == (0x7F if math.copysign(1, value) > 0 else 0xFF)
+        self.edit(folder, self.NAME, weight)
+        name = self.NAME.removeprefix("model.layers.1.")
+        with pytest.raises(CheckpointError, match=r"experts\.2\.gate_proj\.weight has weights that are NaN"):
+            open_checkpoint(folder).layer(1, [name])[name]
+        self.edit(folder, f"{self.NAME}_scale_inv", torch.full((3, 2), 1e37))
+        with pytest.raises(CheckpointError, match=r"experts\.2\.gate_proj\.weight has weights .* infinite"):
+            open_checkpoint(folder).layer(1, [name])[name.replace("weight", "scale")]
 
     def test_scales_missing_mis_shaped_or_of_another_dtype(self, tmp_path: Path) -> None:
         scale = f"{self.NAME}_scale_inv"

@@ -9,12 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import engine.model.load
 from engine.checkpoint.mla_format import config_from_spec
 from engine.inspect import inspect, main
 from engine.model.load import load_model
+from engine.model.rotary import Rotary
 from tests.checkpoint.folders import random_tensors
 from tests.checkpoint.test_mla_format import SMALL
 from tests.checkpoint.test_native_families import write, write_fp8
+from tests.model.fp8_folders import make_fp8
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 CONFIGS = sorted((DOCS / "configs").glob("*.json"))
@@ -81,6 +84,42 @@ def test_fp8_bytes_are_those_of_the_file(tmp_path):
     assert report.stored_weight_bytes == sum(tensor.nbytes for tensor in stored.values())
     assert report.stored_dtype == "float8_e4m3fn"
     assert report.dtype == "bfloat16"
+
+
+def test_fp8_weights_on_a_gpu_that_has_it_take_half():
+    report = inspect(DOCS / "configs" / "DeepSeek-V3.json")
+    assert report.weight_bytes_without_fp8 == 2 * report.parameters + 2 * 58 * 256 * (
+        7168 + 1
+    )  # routers and their biases
+    assert 0.50 < report.weight_bytes / report.weight_bytes_without_fp8 < 0.51
+    assert all(fit.weight_bytes_per_gpu == -(-report.weight_bytes // fit.gpus) for fit in report.fits)
+    assert [fit.tokens is None for fit in report.fits] == [True, True, True, False]
+    dense = inspect(DOCS / "configs" / "Qwen3-8B.json")
+    assert dense.weight_bytes == dense.weight_bytes_without_fp8
+
+
+def tensors_of(module: object) -> dict[int, int]:
+    """Bytes of every tensor that a model holds, by where they lie, so that a view is not counted twice."""
+    if isinstance(module, torch.Tensor):
+        return {module.untyped_storage().data_ptr(): module.nbytes}
+    found: dict[int, int] = {}
+    own = type(module).__module__.startswith("engine.model.") and not isinstance(module, Rotary)
+    members = module if isinstance(module, list | tuple) else vars(module).values() if own else ()
+    for member in members:
+        for where, size in tensors_of(member).items():
+            found[where] = max(size, found.get(where, 0))
+    return found
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_loaded_bytes_of_fp8_are_those_of_the_tensors(tmp_path, monkeypatch, without):
+    folder, _ = make_fp8(tmp_path, "groups")
+    monkeypatch.setattr(engine.model.load, "capability", lambda device: (8, 0) if without else (8, 9))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # experts are stacked
+    model = load_model(folder, "cpu", "float32")
+    report = inspect(folder)
+    expected = report.weight_bytes_without_fp8 if without else report.weight_bytes
+    assert sum(tensors_of(model).values()) == expected
 
 
 def test_loaded_bytes_are_those_of_the_tensors(tmp_path):

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.moe import moe_torch, moe_triton
+from engine.kernels.moe import moe_torch, moe_triton, rows_per_scale
 
 from .conftest import DEVICE
+from .fp8 import multiplied_out, random_fp8
 from .reference import assert_near
 
 
@@ -74,6 +75,45 @@ def test_against_float64(implementation, dtype, choice):
 @pytest.mark.parametrize(("hidden", "width"), [(1, 1), (130, 70), (64, 128)])
 def test_sizes(implementation, hidden, width):
     check(implementation, spread(5, 2, 3), hidden, width, 3, torch.bfloat16)
+
+
+def check_fp8(experts, hidden, width, num_experts, dtype):
+    """Gates and ups have blocks of their own, whose scales end up in groups that no block of either crosses."""
+    generator = torch.Generator().manual_seed(hidden + width)
+    parts = [
+        [random_fp8(*shape, generator) for shape in ((width, hidden), (width, hidden), (hidden, width))]
+        for _ in range(num_experts)
+    ]
+    group = rows_per_scale(width)
+    rows = torch.arange(0, width, group) // 128  # each group's row of blocks
+    gate_up = torch.stack([torch.cat((gate[0], up[0])) for gate, up, _ in parts])
+    gate_up_scale = torch.stack([torch.cat((gate[1][rows], up[1][rows])) for gate, up, _ in parts])
+    down, down_scale = (torch.stack(tensors) for tensors in zip(*(part[2] for part in parts), strict=True))
+    x = torch.randn(len(experts), hidden, generator=generator).to(dtype)
+    weights = torch.rand(len(experts), len(experts[0]), generator=generator)
+    exact_gate_up = [torch.cat((multiplied_out(*gate), multiplied_out(*up))) for gate, up, _ in parts]
+    exact_down = [multiplied_out(*part[2]) for part in parts]
+    experts = torch.tensor(experts)
+    expected = definition(x, experts, weights, torch.stack(exact_gate_up), torch.stack(exact_down))
+    given = (x, experts, weights, gate_up, down, gate_up_scale, down_scale)
+    assert_near(moe_triton(*(t.to(DEVICE) for t in given)), expected, dtype)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "width", "dtype"),
+    [
+        *((hidden, width, torch.bfloat16) for hidden, width in ((150, 40), (128, 128), (40, 192), (130, 33))),
+        *((130, 192, dtype) for dtype in (torch.float32, torch.float16)),
+    ],
+)
+def test_fp8(hidden, width, dtype):
+    """Groups of 8, 128, 64 rows and of one."""
+    check_fp8([*spread(4, 2, 4), [2, 0]], hidden, width, 4, dtype)
+
+
+@pytest.mark.parametrize("tokens", [40, 150])
+def test_fp8_tiles_for_many_rows_of_an_expert(tokens):
+    check_fp8([[0, 1] if t % 3 else [1, 0] for t in range(tokens)], 200, 24, 3, torch.bfloat16)
 
 
 @pytest.mark.parametrize("tokens", [40, 150])

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.moe import moe_triton
+from engine.kernels.route import route
 from engine.model.mlp import GatedMLP, PlainMLP
-from engine.model.moe import MixtureOfExperts, route, stack
+from engine.model.moe import MixtureOfExperts, stack
 from engine.spec import GatedMLPSpec, MoESpec, PlainMLPSpec
 from engine.tensor_map import TensorMap, under
 
