@@ -89,16 +89,16 @@ def partial_work(out: Path, request: Mapping[str, Any], costly: str | None) -> I
     try:
         with output_errors(out):
             differing = _claim(folder, out.resolve(), request)
-        work = PartialWork(folder)
-        try:
-            yield work, differing
-        except BaseException as error:
-            wrong_input = isinstance(error, EngineError) and not isinstance(error, OutputError)
-            if wrong_input or costly is None or work.read(costly) is None:
-                _remove(folder)
-            else:
-                say(f"not finished: the same command continues, from what is in {folder}")
-            raise
+        yield PartialWork(folder), differing
+    except BaseException as error:
+        restore(out.resolve(), folder)  # an earlier output does not go with the folder
+        wrong_input = isinstance(error, EngineError) and not isinstance(error, OutputError)
+        if wrong_input or costly is None or not (folder / f"{costly}.json").exists():
+            _remove(folder)
+        else:
+            say(f"not finished: the same command continues, from what is in {folder}")
+        raise
+    else:
         _remove(folder)
     finally:
         os.close(lock)

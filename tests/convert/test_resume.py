@@ -17,6 +17,7 @@ from convert import conversion, partial, plan
 from convert.cli import main
 from convert.layer_store import LayerStore, TrialStore
 from convert.partial import partial_folder, partial_work
+from engine.checkpoint.writer import REPLACED
 from tests.convert.sources import make_source, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -162,6 +163,24 @@ def test_a_second_process_is_refused(tmp_path: Path, arguments: list[str], capsy
         assert f"error: {out}: another process is writing to it" in capsys.readouterr().err
         assert work.read("mine") == 1
     assert not partial_folder(out).exists()
+
+
+def test_interrupted_as_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left, but what a process that was killed had set aside of an earlier output is back in its place."""
+    out = tmp_path / "out"
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(partial, "_claim", stop)
+    for earlier in (False, True):
+        if earlier:
+            (partial_folder(out) / REPLACED).mkdir(parents=True)
+            (partial_folder(out) / REPLACED / "config.json").write_text("{}")
+        with pytest.raises(Stop), partial_work(out, {"request": 1}, None):
+            pass
+        assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == ["out/config.json"] * earlier
+        assert not partial_folder(out).exists()
 
 
 def test_a_full_disk(
