@@ -37,6 +37,12 @@ class Calibration:
     record: dict[str, Any]  # what it was, for conversion.json
 
 
+def check_tokens(tokens: int) -> None:
+    """Raises ConversionError."""
+    if tokens < MIN_TOKENS:
+        raise ConversionError(f"--calibration-tokens {tokens} is too few: give at least {MIN_TOKENS}")
+
+
 def from_files(source: Checkpoint, paths: Sequence[Path], tokens: int, seed: int) -> Calibration:
     """`tokens` to fit on, and an eighth as many for each held-out part, from pieces of the files in random order.
 

@@ -66,10 +66,7 @@ class _Entry:
 def compare(request: CompareRequest) -> dict[str, Any]:
     """-> the report, as it is printed and written. Raises EngineError where nothing can be compared."""
     source = open_checkpoint(request.source)
-    if request.calibration_tokens < calibration.MIN_TOKENS:
-        raise ConversionError(
-            f"--calibration-tokens {request.calibration_tokens} is too few: give at least {calibration.MIN_TOKENS}"
-        )
+    calibration.check_tokens(request.calibration_tokens)
     if "joint" in request.refine:
         check_joint(source.spec)
     _check_texts_differ(request)

@@ -256,10 +256,7 @@ def _jointly(
 def _calibration_tokens(request: ConversionRequest) -> int:
     if request.calibration_tokens is None:
         return EXACT_TOKENS if request.method.method == "exact" else CALIBRATION_TOKENS
-    if request.calibration_tokens < calibration.MIN_TOKENS:
-        raise ConversionError(
-            f"--calibration-tokens {request.calibration_tokens} is too few: give at least {calibration.MIN_TOKENS}"
-        )
+    calibration.check_tokens(request.calibration_tokens)
     return request.calibration_tokens
 
 

@@ -86,8 +86,8 @@ def _figure(path: Path, panels: int) -> Iterator[Sequence[Axes]]:
     figure, axes = pyplot.subplots(1, panels, figsize=(6.5 * panels, 4.5), layout="constrained", squeeze=False)
     for axis in axes[0]:
         axis.grid(True, which="both", alpha=0.2)
-    yield axes[0]
     try:
+        yield axes[0]
         figure.savefig(path, dpi=120)
     except OSError as error:
         raise ConversionError(f"--plot {path}: cannot be written: {error.strerror}") from None
