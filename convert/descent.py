@@ -57,10 +57,13 @@ MIN_TRIAL = 10
 def descend(problem: Problem[Example], start: State, steps: int, options: DescentOptions) -> tuple[State, float]:
     """-> the best state found, and the learning rate taken: the one that short trials of all do best with."""
     trial = min(steps, max(MIN_TRIAL, steps // options.trial))
-    tried = {rate: _run(problem, start, rate, trial, 1, options.seed) for rate in options.learning_rates}
-    rate = min(tried, key=lambda rate: by_error(tried[rate]))
-    run = _run(problem, start, rate, steps, options.checks, options.seed)
-    return min(start, tried[rate], run, key=by_error), rate
+    best, best_rate = start, options.learning_rates[0]
+    for rate in options.learning_rates:
+        found = _run(problem, start, rate, trial, 1, options.seed)
+        if by_error(found) < by_error(best):
+            best, best_rate = found, rate
+    run = _run(problem, start, best_rate, steps, options.checks, options.seed)
+    return min(best, run, key=by_error), best_rate
 
 
 def by_error(state: State) -> float:

@@ -39,7 +39,7 @@ class _LayerFit:
 
     def __init__(self, spec: MLASpec, fit: Sequence[Batch], held_out: Sequence[Batch], stored: torch.dtype) -> None:
         self.spec, self.stored = spec, stored
-        self.examples, self.held_out = _owned(fit), _owned(held_out)
+        self.examples, self.held_out = fit, held_out
         self.scale = sum(y.square().mean().item() for _, y in self.examples) / len(self.examples) or 1.0
 
     def loss(self, tensors: Tensors, example: Batch) -> Tensor:
@@ -66,7 +66,8 @@ def refine_layer(
 ) -> tuple[Tensors, dict[str, Any]]:
     """-> the layer's tensors in `stored`, and the record of it: relative errors on `held_out` before and after.
 
-    The error is |converted - source| / |source|, as everywhere. Batches and tensors lie on one device.
+    The error is |converted - source| / |source|, as everywhere. Batches and tensors lie on one device, the batches in
+    fp32 and, since autograd keeps them, not made in inference mode.
     """
     with torch.inference_mode(False), torch.enable_grad():
         problem = _LayerFit(spec, fit, held_out, stored)
@@ -87,8 +88,3 @@ def held_out_error(spec: MLASpec, tensors: Mapping[str, Tensor], batches: Sequen
             error += (mla_attention(spec, tensors, x) - target).double().square().sum().item()
             norm += target.double().square().sum().item()
     return math.sqrt(error / norm) if norm else math.sqrt(error)
-
-
-def _owned(batches: Sequence[Batch]) -> list[Batch]:
-    """Copies that autograd may keep: what inference mode makes it may not."""
-    return [(x.float().clone(), y.float().clone()) for x, y in batches]

@@ -100,11 +100,15 @@ class Stream:
         return added / whole if whole else 0.0
 
     def examples(self, layer: Layer) -> list[tuple[Tensor, Tensor]]:
-        """`windows` beside `attended`, both [windows, length, hidden], in batches of about BATCH_TOKENS."""
+        """`windows` beside `attended`, both [windows, length, hidden], in batches of about BATCH_TOKENS.
+
+        They are tensors that autograd may keep, as those made in inference mode may not be.
+        """
         batches: list[tuple[Tensor, Tensor]] = []
-        for chunk, x, y in zip(self.chunks, self.windows(layer), self.attended(layer), strict=True):
-            count = max(1, BATCH_TOKENS // chunk.length)
-            batches += zip(x.split(count), y.view_as(x).split(count), strict=True)
+        with torch.inference_mode(False), torch.no_grad():
+            for chunk, x, y in zip(self.chunks, self.windows(layer), self.attended(layer), strict=True):
+                count = max(1, BATCH_TOKENS // chunk.length)
+                batches += zip(x.split(count), y.view_as(x).split(count), strict=True)
         return batches
 
     def advance(self, layer: Layer) -> None:
