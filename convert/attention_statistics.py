@@ -23,7 +23,7 @@ from convert.errors import ConversionError
 from engine.kernels.rope import rope_table
 from engine.spec import GQASpec
 
-BLOCK_ELEMENTS = 1 << 24  # attention weights of one block of queries, over all heads: 64 MiB in fp32
+BLOCK_ELEMENTS = 1 << 22  # attention weights of one block of queries, over all heads: 16 MiB in fp32
 
 
 @dataclass(frozen=True)
