@@ -55,9 +55,12 @@ MIN_TRIAL = 10
 
 
 def descend(problem: Problem[Example], start: State, steps: int, options: DescentOptions) -> tuple[State, float]:
-    """-> the best state found, and the learning rate taken: the one that short trials of all do best with."""
+    """-> the best state found, and the learning rate taken: the one that short trials of all do best with.
+
+    Where none of them gets below the start's error, the least.
+    """
     trial = min(steps, max(MIN_TRIAL, steps // options.trial))
-    best, best_rate = start, options.learning_rates[0]
+    best, best_rate = start, min(options.learning_rates)
     for rate in options.learning_rates:
         found = _run(problem, start, rate, trial, 1, options.seed)
         if by_error(found) < by_error(best):
