@@ -77,7 +77,7 @@ def _run(problem: Problem[Example], start: State, learning_rate: float, steps: i
     """-> the best state at a check; ends once two in a row are worse."""
     weights = {name: t.clone().requires_grad_() for name, t in start.tensors.items()}
     rates = _relative_rates(weights, learning_rate)
-    optimiser = torch.optim.Adam([{"params": [t]} for t in weights.values()], betas=BETAS)
+    optimiser = torch.optim.Adam([{"params": [t]} for t in weights.values()], betas=BETAS, fused=True)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     best, worse = start, 0
@@ -91,12 +91,13 @@ def _run(problem: Problem[Example], start: State, learning_rate: float, steps: i
             group["lr"] = rate * _schedule(step, steps)
         optimiser.step()
         if step * checks // steps > (step - 1) * checks // steps:
-            tensors = {name: t.detach().clone() for name, t in weights.items()}
-            state = State(tensors, problem.error(tensors), step)
-            worse = 0 if state.error < best.error else worse + 1
-            if worse == 2:
-                break
-            best = min(best, state, key=by_error)
+            error = problem.error({name: t.detach() for name, t in weights.items()})
+            if error < by_error(best):
+                best, worse = State({name: t.detach().clone() for name, t in weights.items()}, error, step), 0
+            else:
+                worse += 1
+                if worse == 2:
+                    break
     return best
 
 

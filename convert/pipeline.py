@@ -197,26 +197,28 @@ class _Sweep:
         """-> the layer by a candidate, which the store then has, and the record of its refinement."""
         if self.store.has(candidate, work.index):
             return self._with_attention(work.rounded, self.store.read(candidate, work.index)), None
-        method, view = self.candidates[candidate].layers[work.index], work.source.view
-        spec, made = view.finish(*method.convert(view.spec, view.tensors, work.learnt[method.collect]))
-        made, record = self._finish(method, spec, made, work.examples)
+        spec, made, record = self._make(self.candidates[candidate].layers[work.index], work)
         made = self.precision.laid_out(made)
         converted = self._with_attention(work.rounded, (spec, made))
         error = partial(_attention_error, self.check, work.source.layer, converted)
         self.store.keep(candidate, work.index, Converted(converted.spec, (spec, made), work.rest, record, error))
         return converted, record
 
-    def _finish(
-        self, method: LayerMethod[Any], spec: MLASpec, made: dict[str, Tensor], examples: Sequence[list[Batch]]
-    ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """After the method: all of the attention refined, or its output projection fitted, or nothing; -> the tensors,
-        and refine_layer's record."""
+    def _make(
+        self, method: LayerMethod[Any], work: _LayerWork
+    ) -> tuple[MLASpec, dict[str, Tensor], dict[str, Any] | None]:
+        """What the method gives, and then all of it refined, or its output projection fitted, or nothing; -> the
+        attention, and refine_layer's record."""
+        view = work.source.view
+        spec, made = view.finish(*method.convert(view.spec, view.tensors, work.learnt[method.collect]))
         if self.refinement is not None:
-            fit, held_out = examples
-            return refine_layer(spec, made, fit, held_out, self.precision.stored, self.refinement.options)
-        if examples and method.fits_output:
-            return fit_output(spec, self.precision.load(made), examples[0]), None
-        return made, None
+            made = self.precision.load(made)  # what was float64 is not held any longer
+            fit, held_out = work.examples
+            made, record = refine_layer(spec, made, fit, held_out, self.precision.stored, self.refinement.options)
+            return spec, made, record
+        if work.examples and method.fits_output:
+            made = fit_output(spec, self.precision.load(made), work.examples[0])
+        return spec, made, None
 
     def _with_attention(self, layer: Layer, attention: StoredAttention) -> Layer:
         """The same layer, sharing all else, with another attention."""
