@@ -24,6 +24,8 @@ from engine.kernels.rope import rope_table
 from engine.spec import GQASpec
 
 BLOCK_ELEMENTS = 1 << 22  # attention weights of one block of queries, over all heads: 16 MiB in fp32
+EVEN = 0.1  # share of `rotation` that counts all pairs alike: a score may be wrong where attention does not look now
+TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class AttentionStatistics:
     kv_moment: Tensor  # float64 [2 g D, 2 g D]: sum_hts w kv_s kv_s^T / sum w
     mixed_mean: Tensor  # float64 [H, 2 g D]: mean over t of sum_s a kv_s
     mixed_moment: Tensor  # float64 [2 g D, 2 g D]: of sum_s a kv_s, mean over t and h
-    rotation: Tensor  # complex128 [H, f]: mean of exp(i theta_f (t - s)), by w |q_t|^2 of the pair at f
+    rotation: Tensor  # complex128 [H, f]: mean of exp(i theta_f (t - s)), by w, and for a share of EVEN by nothing
 
 
 def collect_attention(
@@ -80,7 +82,7 @@ class _Sums:
         out = self.o_weight.unflatten(1, (heads, dim)).transpose(0, 1)  # [H, hidden, D]
         self.metric = out.mT @ out  # [H, D, D]: |W_o[h] v|^2 = v^T metric v
         self.group_of_head = torch.arange(heads, device=out.device) * spec.num_kv_heads // heads
-        self.inv_freq = torch.tensor([spec.rope.inv_freq], dtype=torch.float64, device=out.device)
+        self.inv_freq = torch.tensor(spec.rope.inv_freq, dtype=torch.float64, device=out.device)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=out.device)
@@ -90,8 +92,8 @@ class _Sums:
         self.query, self.sensitivity = zeros(heads, dim, dim), zeros()
         self.kv_first, self.kv_second = zeros(width), zeros(width, width)
         self.mixed_first, self.mixed_second = zeros(heads, width), zeros(width, width)
-        self.energy = zeros(heads, dim // 2)
-        self.turned = torch.complex(self.energy, self.energy)
+        self.ages = zeros(heads, 0)  # sensitivity by t - s
+        self.pairs_of_age = zeros(0)
 
     def add(self, x: Tensor) -> Tensor:
         """One window [T, hidden], from position 0 -> what attention puts out, alike."""
@@ -100,15 +102,18 @@ class _Sums:
         q, kv = qkv.split((heads * self.spec.head_dim, self.spec.cache_width), 1)
         q = q.unflatten(1, (heads, -1)).transpose(0, 1)  # [H, T, D]
         k, v = kv.unflatten(1, (2, groups, -1)).permute(1, 2, 0, 3)[:, self.group_of_head]  # [H, T, D] each
-        turn = torch.view_as_complex(rope_table(torch.arange(length, device=x.device), self.inv_freq)[:, 0])
+        turn = torch.view_as_complex(rope_table(torch.arange(length, device=x.device), self.inv_freq[None])[:, 0])
         turn = turn.to(x.dtype.to_complex())  # [T, f]
         weight_of_key = torch.zeros(length, dtype=torch.float64, device=x.device)
+        self._grow(length)
+        self.pairs_of_age[:length] += torch.arange(length, 0, -1, device=x.device)
         outputs = []
         step = max(1, BLOCK_ELEMENTS // (heads * length))
         for start in range(0, length, step):
             rows = slice(start, min(start + step, length))
             w, out = self._add_queries(rows, q[:, rows], k, v, kv, turn)
             outputs.append(out)
+            self.ages[:, : rows.stop] += sums_by_age(w, start)
             weight_of_key += w.sum((0, 1), dtype=torch.float64)
         self.tokens += length
         wide = kv.double()
@@ -143,15 +148,22 @@ class _Sums:
         self.mixed_first += mixed.sum(1, dtype=torch.float64)
         flat = mixed.flatten(0, 1).double()
         self.mixed_second.addmm_(flat.T, flat)
-        energy = qc.abs().square()  # [H, R, f]
-        back = torch.complex(w @ turn.real, -(w @ turn.imag))  # sum_s w exp(-i theta_f s)
-        self.turned += (back * turn[rows] * energy).sum(1, dtype=torch.complex128)
-        self.energy += (w.sum(-1, keepdim=True) * energy).sum(1, dtype=torch.float64)
         return w, out
 
+    def _grow(self, length: int) -> None:
+        """Room for ages below `length`."""
+        room = max(0, length - len(self.pairs_of_age))
+        self.ages, self.pairs_of_age = F.pad(self.ages, (0, room)), F.pad(self.pairs_of_age, (0, room))
+
+    def _rotation(self) -> Tensor:
+        seen = self.pairs_of_age[: self.spec.sliding_window]
+        ages = self.ages[:, : len(seen)]
+        share = (1 - EVEN) * ages / ages.sum(1, keepdim=True).clamp_min(TINY) + EVEN * seen / seen.sum()  # [H, ages]
+        angle = torch.arange(len(seen), device=seen.device)[:, None] * self.inv_freq
+        return torch.complex(share @ angle.cos(), share @ angle.sin())
+
     def statistics(self) -> AttentionStatistics:
-        tiny = torch.finfo(torch.float64).tiny
-        total = self.sensitivity.clamp_min(tiny)
+        total = self.sensitivity.clamp_min(TINY)
         result = AttentionStatistics(
             tokens=self.tokens,
             query_moment=self.query / self.tokens,
@@ -159,12 +171,21 @@ class _Sums:
             kv_moment=self.kv_second / total,
             mixed_mean=self.mixed_first / self.tokens,
             mixed_moment=self.mixed_second / (self.tokens * self.spec.num_heads),
-            rotation=torch.where(self.energy > 0, self.turned / self.energy.clamp_min(tiny), 1.0),  # a dead head: none
+            rotation=self._rotation(),
         )
-        for value in (self.query, self.kv_second, self.mixed_second, self.turned):
+        for value in (self.query, self.kv_second, self.mixed_second, self.ages):
             if not torch.isfinite(value).all():
                 raise ConversionError("the source model computes attention that is not finite: its weights are damaged")
         return result
+
+
+def sums_by_age(w: Tensor, start: int) -> Tensor:
+    """w [H, R, T], of queries start, start + 1, ... and keys 0, 1, ...; nothing where a key is later than its query
+    -> float64 [H, start + R]: the sum over all pairs that are 0, 1, ... apart."""
+    _, rows, keys = w.shape
+    # Each row begins one column further to the right than the next: pairs of one age are then one column.
+    shifted = F.pad(w.flip(1), (0, rows)).flatten(1)[:, : rows * (keys + rows - 1)].unflatten(1, (rows, -1))
+    return shifted.sum(1)[:, : start + rows].flip(1).double()
 
 
 def _real(x: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def direct_statistics(spec: GQASpec, tensors: dict[str, Tensor], windows: Tensor
     query, mixed = torch.zeros(heads, d, d, dtype=torch.float64), torch.zeros(heads, tokens, width, dtype=torch.float64)
     first, second, total = torch.zeros(width).double(), torch.zeros(width, width).double(), 0.0
     turned = torch.zeros(heads, d // 2, dtype=torch.complex128)
-    energy = torch.zeros(heads, d // 2, dtype=torch.float64)
+    evenly, pairs, heads_total = torch.zeros_like(turned), 0, torch.zeros(heads, 1, dtype=torch.float64)
     freq = torch.tensor(spec.rope.inv_freq, dtype=torch.float64)
     for i, x in enumerate(windows):
         q, k, v = projected(spec, tensors, x)
@@ -130,12 +130,14 @@ def direct_statistics(spec: GQASpec, tensors: dict[str, Tensor], windows: Tensor
                     query[h] += w * torch.outer(q[h, t], q[h, t])
                     first, second = first + w * kv[s], second + w * torch.outer(kv[s], kv[s])
                     total += float(w)
-                    met = w * as_pairs(spec, q[h, t]).abs() ** 2
-                    turned[h] += met * torch.exp(1j * freq * (t - s))
-                    energy[h] += met
+                    if t - s < (spec.sliding_window or LENGTH):
+                        turn = torch.exp(1j * freq * (t - s))
+                        turned[h], evenly[h] = turned[h] + w * turn, evenly[h] + turn
+                        heads_total[h], pairs = heads_total[h] + w, pairs + 1
     flat = mixed.flatten(0, 1)
+    rotation = 0.9 * turned / heads_total + 0.1 * evenly / (pairs / heads)
     return AttentionStatistics(
-        tokens, query / tokens, first / total, second / total, mixed.mean(1), flat.T @ flat / len(flat), turned / energy
+        tokens, query / tokens, first / total, second / total, mixed.mean(1), flat.T @ flat / len(flat), rotation
     )
 
 
