@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from convert.joint import JointOptions, Staged, check_joint, jointly_refined
 from convert.pipeline import Precision, Refinement, Windows, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
 from convert.quality import Comparison
-from convert.refine import RefineOptions
+from convert.refine import TRIAL, RefineOptions
 from convert.survey import settle
 from convert.text import read_text
 from engine.checkpoint import Checkpoint, open_checkpoint
@@ -34,6 +34,9 @@ from engine.model.load import DTYPES, resolve_device
 METHODS = ("score-aware", "transmla", "mha2mla", "care")  # compared where none are named
 CACHE_RATIOS = (1.0, 0.5, 0.25, 0.125)
 GROUP_BYTES = 4 << 30
+BARE, REFINED = ("none",), ("layer", "joint")  # each with a choice of options of its own
+
+_Result = tuple[Candidate, Comparison]
 
 Measured = TypeVar("Measured")
 
@@ -48,7 +51,7 @@ class CompareRequest:
     calibration_tokens: int = CALIBRATION_TOKENS
     window: int | None = None  # None: the context, at most evaluate.DEFAULT_WINDOW
     device: str | None = None
-    refine: tuple[str, ...] = ("none",)  # of conversion.REFINEMENTS; what every method gives is measured after each
+    refine: tuple[str, ...] = ("none",)  # of conversion.REFINEMENTS; each method is measured after each
     seed: int = 0
 
 
@@ -76,14 +79,23 @@ def compare(request: CompareRequest) -> dict[str, Any]:
     if not any(entry.ways for entry in entries):
         raise ConversionError("; ".join(dict.fromkeys(entry.error for entry in entries if entry.error is not None)))
     calibrated = _calibrate(request, source)
-    chosen = _choose(source, calibrated, entries, precision)
-    able = [candidate for candidate in chosen if candidate]
-    measuring = partial(_measure, source, calibrated, text.windows, precision=precision, request=request)
-    measured = iter(_grouped(able, text.windows, source, precision, measuring))
+    settled = iter(settle(source, calibrated.fit, [way for entry in entries for way in entry.ways], precision))
+    tried = [[next(settled) for _ in entry.ways] for entry in entries]
+    found: list[dict[str, _Result]] = [{} for _ in entries]
+    for kinds in (BARE, REFINED):
+        if wanted := [refine for refine in request.refine if refine in kinds]:
+            chosen = _choose(source, calibrated, tried, precision, _trial(request, calibrated, wanted))
+            measuring = partial(
+                _measure, source, calibrated, text.windows, precision=precision, refine=wanted, seed=request.seed
+            )
+            able = [candidate for candidate in chosen if candidate]
+            measured = iter(_grouped(able, text.windows, source, precision, measuring))
+            for results, candidate in zip(found, chosen, strict=True):
+                if candidate is not None:
+                    results |= {refine: (candidate, comparison) for refine, comparison in next(measured).items()}
     rows = [
-        _row(request, source, entry, refine, candidate, text, found.get(refine), precision)
-        for entry, candidate in zip(entries, chosen, strict=True)
-        for found in [next(measured) if candidate else {}]
+        _row(request, source, entry, refine, results.get(refine), text, precision)
+        for entry, results in zip(entries, found, strict=True)
         for refine in request.refine
     ]
     return {
@@ -106,25 +118,33 @@ def _entry(source: Checkpoint, method: str, ratio: float) -> _Entry:
 
 
 def _choose(
-    source: Checkpoint, text: Calibration, entries: Sequence[_Entry], precision: Precision
+    source: Checkpoint,
+    text: Calibration,
+    entries: Sequence[Sequence[Candidate]],
+    precision: Precision,
+    trial: Refinement | None,
 ) -> list[Candidate | None]:
     """Of each entry the candidate nearest to the source on the text kept for choosing; None where there is none."""
-    settled = settle(source, text.fit, [way for entry in entries for way in entry.ways], precision)
-    several = [len(entry.ways) > 1 for entry in entries for _ in entry.ways]
-    tried = [candidate for candidate, needed in zip(settled, several, strict=True) if needed]
+    tried = [candidate for entry in entries if len(entry) > 1 for candidate in entry]
     description = f"choosing among {len(tried)}"
 
     def choose(group: Sequence[Candidate]) -> list[Comparison]:
-        return sweep(source, text.fit, text.select, group, precision, description=description, fit_outputs=False)
+        return sweep(
+            source, text.fit, text.select, group, precision,
+            description=description, refinement=trial, fit_outputs=False,
+        )  # fmt: skip
 
     found = iter(_grouped(tried, text.select, source, precision, choose))
-    losses = [next(found).kl if needed else 0.0 for needed in several]
-    chosen: list[Candidate | None] = []
-    start = 0
-    for entry in entries:
-        own = range(start, start := start + len(entry.ways))
-        chosen.append(settled[min(own, key=losses.__getitem__)] if own else None)
-    return chosen
+    losses = [[next(found).kl if len(entry) > 1 else 0.0 for _ in entry] for entry in entries]
+    return [
+        entry[min(range(len(entry)), key=loss.__getitem__)] if entry else None
+        for entry, loss in zip(entries, losses, strict=True)
+    ]
+
+
+def _trial(request: CompareRequest, text: Calibration, refine: Sequence[str]) -> Refinement | None:
+    """What candidates are given before they are chosen among: as in a conversion."""
+    return None if refine == list(BARE) else Refinement(text.select, replace(TRIAL, seed=request.seed))
 
 
 def _measure(
@@ -133,25 +153,26 @@ def _measure(
     text: Windows,
     group: Sequence[Candidate],
     precision: Precision,
-    request: CompareRequest,
+    refine: Sequence[str],
+    seed: int,
 ) -> list[dict[str, Comparison]]:
-    """Each candidate on `text` after every kind of refinement that was asked for."""
+    """Each candidate on `text` after each refinement of `refine`, which has one of BARE or some of REFINED."""
     measuring = partial(sweep, source, calibrated.fit, text)
     found: dict[str, list[Comparison]] = {}
-    if "none" in request.refine:
+    if refine == list(BARE):
         found["none"] = measuring(group, precision, description="measuring")
-    if "layer" in request.refine or "joint" in request.refine:
-        refinement = Refinement(calibrated.select, RefineOptions(seed=request.seed))
-        staged = Staged() if "joint" in request.refine else None
+    else:
+        refinement = Refinement(calibrated.select, RefineOptions(seed=seed))
+        staged = Staged() if "joint" in refine else None
         found["layer"] = measuring(group, precision, staged, description="refining", refinement=refinement)
         if staged is not None:
-            options = JointOptions(seed=request.seed)
+            options = JointOptions(seed=seed)
             joint = [
                 jointly_refined(source, c, staged.layers[i], calibrated.fit, calibrated.select, precision, options)[0]
                 for i, c in enumerate(group)
             ]
             found["joint"] = measuring(joint, precision, description="measuring")
-    return [{refine: found[refine][i] for refine in found} for i in range(len(group))]
+    return [{kind: found[kind][i] for kind in refine} for i in range(len(group))]
 
 
 def _grouped(
@@ -173,14 +194,14 @@ def _row(
     source: Checkpoint,
     entry: _Entry,
     refine: str,
-    candidate: Candidate | None,
+    result: _Result | None,
     text: EvaluationText,
-    comparison: Comparison | None,
     precision: Precision,
 ) -> dict[str, Any]:
     asked = {"method": entry.method, "cache_ratio": entry.ratio, "refine": refine}
-    if candidate is None or comparison is None:
+    if result is None:
         return asked | {"error": entry.error}
+    candidate, comparison = result
     itemsize = precision.stored.itemsize
     return {
         **asked,

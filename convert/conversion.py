@@ -25,7 +25,7 @@ from convert.memory import peak_memory, weight_bytes
 from convert.partial import EXPORT, PartialWork, folder_state, is_placed, partial_folder, partial_work, say, versions
 from convert.pipeline import Precision, Refinement, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
-from convert.refine import RefineOptions
+from convert.refine import TRIAL, RefineOptions
 from convert.survey import settle
 from convert.text import read_text
 from engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
@@ -84,7 +84,7 @@ def convert(request: ConversionRequest) -> dict[str, Any]:
             say(f"starting over: {work.folder} was begun with another {', '.join(differing)}")
         if not placed:
             text = _calibration(work, request, source, tokens)
-            best, trials = _choice(work, source, text, ways, precision)
+            best, trials = _choice(work, request, source, text, ways, precision)
             _write(work, request, source, text, best, trials, precision)
         exported = _export(work, request, begun)
     return _report(request, source) | exported | {"seconds": time.monotonic() - began}
@@ -146,6 +146,7 @@ def _calibration(work: PartialWork, request: ConversionRequest, source: Checkpoi
 
 def _choice(
     work: PartialWork,
+    request: ConversionRequest,
     source: Checkpoint,
     text: Calibration,
     ways: list[Candidate | Allocation],
@@ -156,7 +157,7 @@ def _choice(
         return settle(source, text.fit, [ways[kept["best"]]], precision)[0], kept["trials"]
     tried = settle(source, text.fit, ways, precision)
     store = TrialStore(work, replace(source.spec, dtype=dtype_name(precision.stored)), len(tried))
-    best, trials = _choose(source, text, tried, precision, store)
+    best, trials = _choose(source, text, tried, precision, store, _refinement(request, text, TRIAL))
     work.keep("choice", {"best": tried.index(best), "trials": trials})
     store.discard()
     return best, trials
@@ -177,7 +178,7 @@ def _write(
         if not writer.has(None):
             writer.add_outer(source.outer())
         layers = LayerStore(work, writer, spec)
-        refinement = _refinement(request, text)
+        refinement = _refinement(request, text, RefineOptions())
         refined: dict[str, Any] = {}
         if refinement is not None and request.refine == "joint":
             best, refined = _jointly(request, source, text, best, precision, refinement)
@@ -214,24 +215,29 @@ def _described(spec: ModelSpec, source: ModelSpec) -> dict[str, Any]:
 
 
 def _choose(
-    source: Checkpoint, text: Calibration, tried: list[Candidate], precision: Precision, store: TrialStore
+    source: Checkpoint,
+    text: Calibration,
+    tried: list[Candidate],
+    precision: Precision,
+    store: TrialStore,
+    refinement: Refinement | None,
 ) -> tuple[Candidate, list[dict[str, Any]]]:
     """-> the candidate nearest to the source on the text kept for choosing, and what was found for each."""
     if len(tried) == 1:
         return tried[0], []
     description = f"choosing among {len(tried)}"
-    results = sweep(source, text.fit, text.select, tried, precision, store, description, fit_outputs=False)
+    results = sweep(source, text.fit, text.select, tried, precision, store, description, refinement, fit_outputs=False)
     trials = [
         {**c.options, "kl": r.kl, "perplexity": r.report()["perplexity"]} for c, r in zip(tried, results, strict=True)
     ]
     return tried[min(range(len(tried)), key=lambda i: results[i].kl)], trials
 
 
-def _refinement(request: ConversionRequest, text: Calibration) -> Refinement | None:
-    """An exact conversion has nothing to gain."""
+def _refinement(request: ConversionRequest, text: Calibration, options: RefineOptions) -> Refinement | None:
+    """By the options, but for the seed. An exact conversion has nothing to gain."""
     if request.refine == "none" or request.method.method == "exact":
         return None
-    return Refinement(text.select, RefineOptions(seed=request.seed))
+    return Refinement(text.select, replace(options, seed=request.seed))
 
 
 def _jointly(

@@ -61,7 +61,7 @@ def descend(problem: Problem[Example], start: State, steps: int, options: Descen
     """
     trial = min(steps, max(MIN_TRIAL, steps // options.trial))
     best, best_rate = start, min(options.learning_rates)
-    for rate in options.learning_rates:
+    for rate in options.learning_rates if len(options.learning_rates) > 1 else ():
         found = _run(problem, start, rate, trial, 1, options.seed)
         if by_error(found) < by_error(best):
             best, best_rate = found, rate

@@ -112,13 +112,17 @@ def _exact(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]
 
 
 def _score_aware(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate | Allocation]:
-    """One for each distinct split of the budget, the same in all layers, and one that shares it out; or the given."""
+    """One for each distinct split of the budget, the same in all layers, and some that share it out; or the given.
+
+    Of the latter one has each layer's best split as the method leaves it, the others less RoPE: refinement makes up for
+    RoPE more than for rank.
+    """
     found: list[Candidate | Allocation] = [
         _score_aware_candidate(layers, sizes, "even") for sizes in _sizes(layers, request, rope_splits)
     ]
     ratio = _ratio(request)
     if ratio is not None and len(layers) > 1 and ratio < 1:
-        found.append(_score_aware_allocation(layers, ratio))
+        found += _score_aware_allocations(layers, ratio)
     return found
 
 
@@ -132,15 +136,16 @@ def _score_aware_candidate(layers: Sequence[GQASpec], sizes: Sizes, budgets: str
     return Candidate(_named(sizes) | {"budgets": budgets}, tuple(methods), sizes)
 
 
-def _score_aware_allocation(layers: Sequence[GQASpec], ratio: float) -> Allocation:
-    def allocate(found: Sequence[shared_budget.LayerCost], weights: Sequence[float]) -> Candidate:
-        return _score_aware_candidate(layers, shared_budget.shared_sizes(layers, ratio, found, weights), "shared")
+def _score_aware_allocations(layers: Sequence[GQASpec], ratio: float) -> list[Allocation]:
+    def allocate(found: Sequence[shared_budget.LayerCost], weights: Sequence[float], less_rope: int) -> Candidate:
+        sizes = shared_budget.shared_sizes(layers, ratio, found, weights, less_rope)
+        return _score_aware_candidate(layers, sizes, "shared")
 
-    surveys = [
+    surveys = tuple(
         LayerSurvey(shared_budget.observe, partial(shared_budget.layer_cost, splits=rope_splits(spec, ratio)))
         for spec in layers
-    ]
-    return Allocation(tuple(surveys), allocate)
+    )
+    return [Allocation(surveys, partial(allocate, less_rope=less_rope)) for less_rope in range(3)]
 
 
 def _transmla(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:

@@ -30,8 +30,12 @@ def settle(
             layer = SourceLayer(source.spec, index, precision.load(source.layer(index)))
             surveys = {i: way.surveys[index] for i, way in sharing.items()}
             learnt = layer.learn((survey.collect for survey in surveys.values()), text)
+            answers = {
+                survey: survey.find(layer.view.spec, layer.view.tensors, learnt[survey.collect])
+                for survey in dict.fromkeys(surveys.values())  # that allocations may share
+            }
             for i, survey in surveys.items():
-                found[i].append(survey.find(layer.view.spec, layer.view.tensors, learnt[survey.collect]))
+                found[i].append(answers[survey])
             weights.append(text.weight(layer.layer))
             text.advance(layer.layer)
             del layer, learnt  # before the next layer is read

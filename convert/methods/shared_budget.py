@@ -34,9 +34,9 @@ class Observed:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """At an even share of the budget: the best split, and the squared relative error of the output."""
+    """At an even share of the budget: the best split, and the squared relative error of the output with it."""
 
-    rope_share: float  # dr / (r + dr)
+    rope_shares: tuple[float, ...]  # dr / (r + dr): the best split's, then those with less RoPE, ever less
     squared_error: float
 
 
@@ -51,21 +51,24 @@ def layer_cost(
     spec: GQASpec, tensors: Mapping[str, Tensor], observed: Observed, splits: Sequence[tuple[int, int]]
 ) -> LayerCost:
     """A LayerSurvey's `find`: the layer is converted by each split (r, dr)."""
-    best = LayerCost(0.0, float("inf"))
+    errors: dict[float, float] = {}  # by share
     for rank, rope in dict.fromkeys(splits):
         mla, made = convert_layer(spec, tensors, observed.statistics, ScoreAwareOptions(rank, rope))
         mla = replace(mla, sliding_window=spec.sliding_window, score_softcap=spec.score_softcap)
         weights = {name: t.to(observed.sample[0][0].dtype) for name, t in made.items()}
-        error = relative_error((y, mla_attention(mla, weights, x)) for x, y in observed.sample) ** 2
-        if error < best.squared_error:
-            best = LayerCost(rope / (rank + rope), error)
-    return best
+        outputs = ((y, mla_attention(mla, weights, x)) for x, y in observed.sample)
+        errors[rope / (rank + rope)] = relative_error(outputs) ** 2
+    best = min(errors, key=errors.__getitem__)
+    return LayerCost(tuple(sorted((share for share in errors if share <= best), reverse=True)), errors[best])
 
 
 def shared_sizes(
-    specs: Sequence[GQASpec], ratio: float, costs: Sequence[LayerCost], weights: Sequence[float]
+    specs: Sequence[GQASpec], ratio: float, costs: Sequence[LayerCost], weights: Sequence[float], less_rope: int = 0
 ) -> tuple[tuple[int, int], ...]:
-    """-> (r, dr) of every layer. weights: |output|^2 / |residual stream|^2 of each layer's attention."""
+    """-> (r, dr) of every layer. weights: |output|^2 / |residual stream|^2 of each layer's attention.
+
+    less_rope: by so many of a layer's rope shares, or as far as they go.
+    """
     even = torch.tensor([budget_of(spec, ratio) for spec in specs], dtype=torch.float64)
     cost = torch.tensor([c.squared_error * w for c, w in zip(costs, weights, strict=True)], dtype=torch.float64)
     parts = even * cost.clamp_min(1e-12 * float(cost.max()) or 1.0) ** (1 / (FALL + 1))
@@ -74,6 +77,7 @@ def shared_sizes(
     for spec, budget, found in zip(specs, budgets.tolist(), costs, strict=True):
         width = spec.num_kv_heads * spec.head_dim
         whole = min(int(budget + 1e-6), 2 * width)
-        rope = min(max(2, 2 * rounded(round(found.rope_share * whole) // 2)), width)
+        share = found.rope_shares[min(less_rope, len(found.rope_shares) - 1)]
+        rope = min(max(2, 2 * rounded(round(share * whole) // 2)), width)
         sizes.append((rounded(whole - rope), rope))
     return tuple(sizes)

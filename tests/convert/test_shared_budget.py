@@ -67,32 +67,39 @@ def test_a_layer_is_judged_by_its_best_split() -> None:
     splits = [(10, 2), (8, 4), (4, 8), (8, 4)]
     alone = [layer_cost(spec, tensors, observed, [split]) for split in splits]
     best = layer_cost(spec, tensors, observed, splits)
-    assert best == min(alone, key=lambda cost: cost.squared_error)
+    least = min(alone, key=lambda cost: cost.squared_error)
+    assert best.squared_error == least.squared_error
+    assert best.rope_shares == tuple(share for share in (8 / 12, 4 / 12, 2 / 12) if share <= least.rope_shares[0])
     assert len({cost.squared_error for cost in alone}) == 3
     whole = layer_cost(spec, tensors, observed, [(16, 16)])
     assert whole.squared_error < 1e-9 < best.squared_error
-    assert whole.rope_share == 0.5
+    assert whole.rope_shares == (0.5,)
     mla, _ = convert_layer(spec, tensors, observed.statistics, ScoreAwareOptions(16, 16))
     assert mla.cache_width == spec.cache_width
 
 
 def test_budgets_follow_the_fourth_root_of_the_cost() -> None:
     specs = [gqa(heads=8, kv_heads=8, dim=64)] * 3
-    sizes = shared_sizes(specs, 0.25, [LayerCost(0.5, e) for e in (0.16, 0.01, 0.01)], [1.0, 1.0, 1.0])
+    sizes = shared_sizes(specs, 0.25, [LayerCost((0.5,), e) for e in (0.16, 0.01, 0.01)], [1.0, 1.0, 1.0])
     budgets = [rank + rope for rank, rope in sizes]
     assert budgets[0] == pytest.approx(2 * budgets[1], rel=0.1)
     assert budgets[1] == budgets[2]
     assert 0.85 * 768 < sum(budgets) <= 768
     assert all(rope == pytest.approx(rank, rel=0.15) for rank, rope in sizes)
-    weighed = shared_sizes(specs, 0.25, [LayerCost(0.5, 0.01)] * 3, [16.0, 1.0, 1.0])
+    costs = [LayerCost((0.5, 0.25), e) for e in (0.16, 0.01, 0.01)]
+    assert all(
+        rope == pytest.approx(rank / 3, rel=0.15) for rank, rope in shared_sizes(specs, 0.25, costs, [1.0] * 3, 2)
+    )
+    weighed = shared_sizes(specs, 0.25, [LayerCost((0.5,), 0.01)] * 3, [16.0, 1.0, 1.0])
     assert weighed == sizes
 
 
 @pytest.mark.parametrize("errors", [(0.0, 0.0), (0.0, 1.0), (1e9, 1e-9), (1.0, 1.0)])
 @pytest.mark.parametrize("ratio", [0.05, 0.25, 0.9])
-def test_sizes_always_fit(errors: tuple[float, float], ratio: float) -> None:
+@pytest.mark.parametrize("less_rope", [0, 2])
+def test_sizes_always_fit(errors: tuple[float, float], ratio: float, less_rope: int) -> None:
     specs: list[GQASpec] = [gqa(heads=4, kv_heads=2, dim=16), gqa(heads=4, kv_heads=4, dim=32)]
-    sizes = shared_sizes(specs, ratio, [LayerCost(9 / 16, e) for e in errors], [1.0, 1.0])
+    sizes = shared_sizes(specs, ratio, [LayerCost((9 / 16, 1 / 4), e) for e in errors], [1.0, 1.0], less_rope)
     for spec, (rank, rope) in zip(specs, sizes, strict=True):
         width = spec.num_kv_heads * spec.head_dim
         assert 1 <= rank <= 2 * width - rope
@@ -113,6 +120,6 @@ def test_the_weight_of_a_layer(tmp_path: Path) -> None:
 def test_where_budgets_are_shared(tmp_path: Path) -> None:
     spec = open_checkpoint(make_source(tmp_path)).spec
     kinds = [isinstance(way, Allocation) for way in candidates(spec, MethodRequest(cache_ratio=0.5))]
-    assert kinds.count(True) == 1
+    assert kinds.count(True) == 3
     for request in (MethodRequest(cache_ratio=1.0), MethodRequest(kv_lora_rank=8, qk_rope_head_dim=4)):
         assert not any(isinstance(way, Allocation) for way in candidates(spec, request))
