@@ -25,6 +25,9 @@ from convert.statistics import collect
 from engine.spec import GQASpec, ModelSpec
 
 DEFAULT_CACHE_RATIO = 0.5
+# Steps of a layer's rope share below its best split's. What a layer has lost without RoPE is nearer to what refinement
+# makes up for than what it has lost for want of rank.
+LESS_ROPE = (0, 1, 2)
 DEFAULT_METHOD = "score-aware"
 METHODS = {
     "score-aware": "keep what attention answers to: RoPE and a joint latent where dropping them would cost the most",
@@ -112,18 +115,36 @@ def _exact(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]
 
 
 def _score_aware(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate | Allocation]:
-    """One for each distinct split of the budget, the same in all layers, and some that share it out; or the given.
-
-    Of the latter one has each layer's best split as the method leaves it, the others less RoPE: refinement makes up for
-    RoPE more than for rank.
-    """
-    found: list[Candidate | Allocation] = [
-        _score_aware_candidate(layers, sizes, "even") for sizes in _sizes(layers, request, rope_splits)
-    ]
+    """The given sizes; or each layer's own split, of even budgets and of a shared one."""
     ratio = _ratio(request)
-    if ratio is not None and len(layers) > 1 and ratio < 1:
-        found += _score_aware_allocations(layers, ratio)
-    return found
+    if ratio is None:
+        return [_score_aware_candidate(layers, tuple(_given_sizes(request) for _ in layers), "even")]
+    shares = len(layers) > 1 and ratio < 1
+    surveys = tuple(
+        LayerSurvey(shared_budget.observe, partial(shared_budget.layer_cost, splits=rope_splits(spec, ratio)))
+        for spec in layers
+    )
+    return [
+        Allocation(surveys, partial(_score_aware_sizes, layers, ratio, budgets, less_rope))
+        for budgets in (("even", "shared") if shares else ("even",))
+        for less_rope in (LESS_ROPE if ratio < 1 else (0,))
+    ]
+
+
+def _score_aware_sizes(
+    layers: Sequence[GQASpec],
+    ratio: float,
+    budgets: str,
+    less_rope: int,
+    found: Sequence[shared_budget.LayerCost],
+    weights: Sequence[float],
+) -> Candidate:
+    """An Allocation's `allocate`."""
+    if budgets == "shared":
+        numbers = shared_budget.shared_budgets(layers, ratio, found, weights)
+    else:
+        numbers = shared_budget.even_budgets(layers, ratio)
+    return _score_aware_candidate(layers, shared_budget.split_sizes(layers, numbers, found, less_rope), budgets)
 
 
 def _score_aware_candidate(layers: Sequence[GQASpec], sizes: Sizes, budgets: str) -> Candidate:
@@ -134,18 +155,6 @@ def _score_aware_candidate(layers: Sequence[GQASpec], sizes: Sizes, budgets: str
         convert = partial(score_aware.convert_layer, options=options)
         methods.append(LayerMethod(collect_attention, convert, fits_output=True))
     return Candidate(_named(sizes) | {"budgets": budgets}, tuple(methods), sizes)
-
-
-def _score_aware_allocations(layers: Sequence[GQASpec], ratio: float) -> list[Allocation]:
-    def allocate(found: Sequence[shared_budget.LayerCost], weights: Sequence[float], less_rope: int) -> Candidate:
-        sizes = shared_budget.shared_sizes(layers, ratio, found, weights, less_rope)
-        return _score_aware_candidate(layers, sizes, "shared")
-
-    surveys = tuple(
-        LayerSurvey(shared_budget.observe, partial(shared_budget.layer_cost, splits=rope_splits(spec, ratio)))
-        for spec in layers
-    )
-    return [Allocation(surveys, partial(allocate, less_rope=less_rope)) for less_rope in range(3)]
 
 
 def _transmla(layers: Sequence[GQASpec], request: MethodRequest) -> list[Candidate]:

@@ -1,7 +1,8 @@
-"""One cache budget for all layers of a score-aware conversion: more for a layer whose losses would cost more.
+"""The sizes of a score-aware conversion's layers: each its own split of a budget, even or shared out among the layers.
 
-What a layer's loss adds to the KL is about proportional to |error of its output|^2 / |residual stream|^2, and falls
-with its budget b about as b^-3 (docs/conversion.md). The sum over layers is least where b is as the fourth root of it.
+A shared budget gives more to a layer whose losses would cost more. What a layer's loss adds to the KL is about
+proportional to |error of its output|^2 / |residual stream|^2, and falls with its budget b about as b^-3
+(docs/conversion.md). The sum over layers is least where b is as the fourth root of it.
 """
 
 from __future__ import annotations
@@ -62,22 +63,29 @@ def layer_cost(
     return LayerCost(tuple(sorted((share for share in errors if share <= best), reverse=True)), errors[best])
 
 
-def shared_sizes(
-    specs: Sequence[GQASpec], ratio: float, costs: Sequence[LayerCost], weights: Sequence[float], less_rope: int = 0
-) -> tuple[tuple[int, int], ...]:
-    """-> (r, dr) of every layer. weights: |output|^2 / |residual stream|^2 of each layer's attention.
+def even_budgets(specs: Sequence[GQASpec], ratio: float) -> list[int]:
+    """The same share of every layer's cache."""
+    return [budget_of(spec, ratio) for spec in specs]
 
-    less_rope: by so many of a layer's rope shares, or as far as they go.
-    """
-    even = torch.tensor([budget_of(spec, ratio) for spec in specs], dtype=torch.float64)
+
+def shared_budgets(
+    specs: Sequence[GQASpec], ratio: float, costs: Sequence[LayerCost], weights: Sequence[float]
+) -> list[int]:
+    """As much in all. weights: |output|^2 / |residual stream|^2 of each layer's attention."""
+    even = torch.tensor(even_budgets(specs, ratio), dtype=torch.float64)
     cost = torch.tensor([c.squared_error * w for c, w in zip(costs, weights, strict=True)], dtype=torch.float64)
     parts = even * cost.clamp_min(1e-12 * float(cost.max()) or 1.0) ** (1 / (FALL + 1))
     budgets = LEAST_BUDGET + parts / parts.sum() * (even.sum() - LEAST_BUDGET * len(even))
+    return [min(int(budget + 1e-6), spec.cache_width) for spec, budget in zip(specs, budgets.tolist(), strict=True)]
+
+
+def split_sizes(
+    specs: Sequence[GQASpec], budgets: Sequence[int], costs: Sequence[LayerCost], less_rope: int = 0
+) -> tuple[tuple[int, int], ...]:
+    """-> (r, dr) of every layer: its own best split, or one with so many steps less RoPE, as far as there is one."""
     sizes = []
-    for spec, budget, found in zip(specs, budgets.tolist(), costs, strict=True):
-        width = spec.num_kv_heads * spec.head_dim
-        whole = min(int(budget + 1e-6), 2 * width)
-        share = found.rope_shares[min(less_rope, len(found.rope_shares) - 1)]
-        rope = min(max(2, 2 * rounded(round(share * whole) // 2)), width)
-        sizes.append((rounded(whole - rope), rope))
+    for spec, budget, cost in zip(specs, budgets, costs, strict=True):
+        share = cost.rope_shares[min(less_rope, len(cost.rope_shares) - 1)]
+        rope = min(max(2, 2 * rounded(round(share * budget) // 2)), spec.num_kv_heads * spec.head_dim)
+        sizes.append((rounded(budget - rope), rope))
     return tuple(sizes)
