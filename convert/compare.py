@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ import torch
 
 from convert import calibration
 from convert.calibration import Calibration
+from convert.choice import choose, trial
 from convert.conversion import CALIBRATION_TOKENS
 from convert.errors import ConversionError
 from convert.evaluate import EvaluationText, evaluation_text
@@ -25,7 +26,7 @@ from convert.joint import JointOptions, Staged, check_joint, jointly_refined
 from convert.pipeline import Precision, Refinement, Windows, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
 from convert.quality import Comparison
-from convert.refine import TRIAL, RefineOptions
+from convert.refine import RefineOptions
 from convert.survey import settle
 from convert.text import read_text
 from engine.checkpoint import Checkpoint, open_checkpoint
@@ -84,7 +85,9 @@ def compare(request: CompareRequest) -> dict[str, Any]:
     found: list[dict[str, _Result]] = [{} for _ in entries]
     for kinds in (BARE, REFINED):
         if wanted := [refine for refine in request.refine if refine in kinds]:
-            chosen = _choose(source, calibrated, tried, precision, _trial(request, calibrated, wanted))
+            refinement = trial(calibrated.select, request.seed) if kinds == REFINED else None
+            choosing = partial(_compared, source, calibrated, precision)
+            chosen = [candidate for candidate, _ in choose(tried, choosing, refinement)]
             measuring = partial(
                 _measure, source, calibrated, text.windows, precision=precision, refine=wanted, seed=request.seed
             )
@@ -117,34 +120,18 @@ def _entry(source: Checkpoint, method: str, ratio: float) -> _Entry:
         return _Entry(method, ratio, [], str(error))
 
 
-def _choose(
-    source: Checkpoint,
-    text: Calibration,
-    entries: Sequence[Sequence[Candidate]],
-    precision: Precision,
-    trial: Refinement | None,
-) -> list[Candidate | None]:
-    """Of each entry the candidate nearest to the source on the text kept for choosing; None where there is none."""
-    tried = [candidate for entry in entries if len(entry) > 1 for candidate in entry]
-    description = f"choosing among {len(tried)}"
+def _compared(
+    source: Checkpoint, text: Calibration, precision: Precision, tried: list[Candidate], refinement: Refinement | None
+) -> list[Comparison]:
+    """A choice's Measure."""
 
-    def choose(group: Sequence[Candidate]) -> list[Comparison]:
+    def compared(group: Sequence[Candidate]) -> list[Comparison]:
         return sweep(
             source, text.fit, text.select, group, precision,
-            description=description, refinement=trial, fit_outputs=False,
+            description=f"choosing among {len(tried)}", refinement=refinement, fit_outputs=False,
         )  # fmt: skip
 
-    found = iter(_grouped(tried, text.select, source, precision, choose))
-    losses = [[next(found).kl if len(entry) > 1 else 0.0 for _ in entry] for entry in entries]
-    return [
-        entry[min(range(len(entry)), key=loss.__getitem__)] if entry else None
-        for entry, loss in zip(entries, losses, strict=True)
-    ]
-
-
-def _trial(request: CompareRequest, text: Calibration, refine: Sequence[str]) -> Refinement | None:
-    """What candidates are given before they are chosen among: as in a conversion."""
-    return None if refine == list(BARE) else Refinement(text.select, replace(TRIAL, seed=request.seed))
+    return _grouped(tried, text.select, source, precision, compared)
 
 
 def _measure(

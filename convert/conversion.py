@@ -17,15 +17,17 @@ import torch
 
 from convert import calibration
 from convert.calibration import Calibration
+from convert.choice import choose, trial
 from convert.errors import ConversionError
 from convert.export import check_exportable, export_folder, export_model
 from convert.joint import JointOptions, Staged, check_joint, jointly_refined
-from convert.layer_store import LayerStore, TrialStore
+from convert.layer_store import LayerStore, TrialStore, discard_trials
 from convert.memory import peak_memory, weight_bytes
 from convert.partial import EXPORT, PartialWork, folder_state, is_placed, partial_folder, partial_work, say, versions
 from convert.pipeline import Precision, Refinement, sweep
 from convert.plan import Allocation, Candidate, MethodRequest, candidates
-from convert.refine import TRIAL, RefineOptions
+from convert.quality import Comparison
+from convert.refine import RefineOptions
 from convert.survey import settle
 from convert.text import read_text
 from engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
@@ -156,10 +158,19 @@ def _choice(
     if (kept := work.read("choice")) is not None:
         return settle(source, text.fit, [ways[kept["best"]]], precision)[0], kept["trials"]
     tried = settle(source, text.fit, ways, precision)
-    store = TrialStore(work, replace(source.spec, dtype=dtype_name(precision.stored)), len(tried))
-    best, trials = _choose(source, text, tried, precision, store, _refinement(request, text, TRIAL))
+    spec = replace(source.spec, dtype=dtype_name(precision.stored))
+
+    def measure(group: list[Candidate], refinement: Refinement | None) -> list[Comparison]:
+        store = TrialStore(work, spec, len(group), "bare" if refinement is None else "refined")
+        description = f"choosing among {len(group)}"
+        return sweep(source, text.fit, text.select, group, precision, store, description, refinement, fit_outputs=False)
+
+    refinement = trial(text.select, request.seed) if _refines(request) else None
+    ((best, found),) = choose([tried], measure, refinement)
+    assert best is not None  # there is a candidate
+    trials = [{**candidate.options, **asdict(result)} for candidate, result in zip(tried, found, strict=False)]
     work.keep("choice", {"best": tried.index(best), "trials": trials})
-    store.discard()
+    discard_trials(work)
     return best, trials
 
 
@@ -178,7 +189,7 @@ def _write(
         if not writer.has(None):
             writer.add_outer(source.outer())
         layers = LayerStore(work, writer, spec)
-        refinement = _refinement(request, text, RefineOptions())
+        refinement = Refinement(text.select, RefineOptions(seed=request.seed)) if _refines(request) else None
         refined: dict[str, Any] = {}
         if refinement is not None and request.refine == "joint":
             best, refined = _jointly(request, source, text, best, precision, refinement)
@@ -214,30 +225,9 @@ def _described(spec: ModelSpec, source: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _choose(
-    source: Checkpoint,
-    text: Calibration,
-    tried: list[Candidate],
-    precision: Precision,
-    store: TrialStore,
-    refinement: Refinement | None,
-) -> tuple[Candidate, list[dict[str, Any]]]:
-    """-> the candidate nearest to the source on the text kept for choosing, and what was found for each."""
-    if len(tried) == 1:
-        return tried[0], []
-    description = f"choosing among {len(tried)}"
-    results = sweep(source, text.fit, text.select, tried, precision, store, description, refinement, fit_outputs=False)
-    trials = [
-        {**c.options, "kl": r.kl, "perplexity": r.report()["perplexity"]} for c, r in zip(tried, results, strict=True)
-    ]
-    return tried[min(range(len(tried)), key=lambda i: results[i].kl)], trials
-
-
-def _refinement(request: ConversionRequest, text: Calibration, options: RefineOptions) -> Refinement | None:
-    """By the options, but for the seed. An exact conversion has nothing to gain."""
-    if request.refine == "none" or request.method.method == "exact":
-        return None
-    return Refinement(text.select, replace(options, seed=request.seed))
+def _refines(request: ConversionRequest) -> bool:
+    """An exact conversion has nothing to gain."""
+    return request.refine != "none" and request.method.method != "exact"
 
 
 def _jointly(

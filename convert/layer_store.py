@@ -57,18 +57,17 @@ class LayerStore(Store):
 
 
 class TrialStore(Store):
-    """The attention of every candidate's layers while one is chosen; `discard` when it is.
+    """The attention of every candidate's layers in one round of choosing; `discard_trials` when one is chosen.
 
     Invariant: an attention whose tensors are there is finished, and its spec is there.
     """
 
-    def __init__(self, work: PartialWork, spec: ModelSpec, candidates: int) -> None:
+    def __init__(self, work: PartialWork, spec: ModelSpec, candidates: int, name: str) -> None:
         """Raises OutputError."""
-        self._work = work
         self._spec = spec
-        self._folder = work.folder / TRIALS
+        self._folder = work.folder / TRIALS / name
         with output_errors(work.folder):
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._records = PartialWork(self._folder)
             self._shards = [ShardWriter(self._folder / str(i), len(spec.layers), spec.dtype) for i in range(candidates)]
 
@@ -93,8 +92,10 @@ class TrialStore(Store):
         with output_errors(self._folder):
             return spec, self._shards[candidate].read(layer + 1, record["tensors"])
 
-    def discard(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+
+def discard_trials(work: PartialWork) -> None:
+    """What all TrialStores of this work hold."""
+    shutil.rmtree(work.folder / TRIALS, ignore_errors=True)
 
 
 def _config(spec: ModelSpec, layer: LayerSpec) -> dict[str, Any]:

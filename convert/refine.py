@@ -34,11 +34,6 @@ class RefineOptions(DescentOptions):
     min_steps: int = 100
 
 
-# What one candidate of several is given before they are compared: the best before any refinement is often not the best
-# after it, and where it stands after so little tells (docs/conversion.md).
-TRIAL = RefineOptions(learning_rates=(0.004,), passes=1, min_steps=16, checks=1)
-
-
 class _LayerFit:
     """One layer's fit, as a problem to descend."""
 
