@@ -2,6 +2,8 @@
 
 Invariant: a pure function of the problem, the start and the options, the seed included; and what comes back has, on
 text that the problem holds out, an error no larger than the start's. Learning rate and stopping are chosen by it.
+Weights move in fp32, and what is measured and kept is rounded as the start is stored. In fp32 there are at most four of
+each at a time: the weight, Adam's two moments, and its gradient or, while errors are measured, the rounded one widened.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ class Problem(Protocol, Generic[Example]):
         """Scalar, with gradients."""
 
     def error(self, tensors: Tensors) -> float:
-        """On what is held out, with the tensors rounded as they are stored."""
+        """On what is held out, with tensors as they are stored."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Tensors in fp32, their error, and after how many steps it was reached."""
+    """Tensors as they are stored, their error, and after how many steps it was reached."""
 
     tensors: Tensors
     error: float
@@ -75,7 +77,7 @@ def by_error(state: State) -> float:
 
 def _run(problem: Problem[Example], start: State, learning_rate: float, steps: int, checks: int, seed: int) -> State:
     """-> the best state at a check; ends once two in a row are worse."""
-    weights = {name: t.clone().requires_grad_() for name, t in start.tensors.items()}
+    weights = {name: t.to(torch.float32, copy=True).requires_grad_() for name, t in start.tensors.items()}
     rates = _relative_rates(weights, learning_rate)
     optimiser = torch.optim.Adam([{"params": [t]} for t in weights.values()], betas=BETAS, fused=True)
     generator = torch.Generator().manual_seed(seed)
@@ -85,15 +87,16 @@ def _run(problem: Problem[Example], start: State, learning_rate: float, steps: i
     for step in tqdm(range(1, steps + 1), description, unit="step", leave=False, disable=None):
         if not order:
             order = torch.randperm(len(problem.examples), generator=generator).tolist()
-        optimiser.zero_grad()
         problem.loss(weights, problem.examples[order.pop()]).backward()
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * _schedule(step, steps)
         optimiser.step()
+        optimiser.zero_grad()  # gradients are dropped, not zeroed
         if step * checks // steps > (step - 1) * checks // steps:
-            error = problem.error({name: t.detach() for name, t in weights.items()})
+            rounded = {name: t.detach().to(start.tensors[name].dtype, copy=True) for name, t in weights.items()}
+            error = problem.error(rounded)
             if error < by_error(best):
-                best, worse = State({name: t.detach().clone() for name, t in weights.items()}, error, step), 0
+                best, worse = State(rounded, error, step), 0
             else:
                 worse += 1
                 if worse == 2:
