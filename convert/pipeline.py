@@ -25,9 +25,9 @@ from convert.methods import LayerMethod
 from convert.output_fit import fit_output
 from convert.plan import Candidate
 from convert.quality import Comparison, relative_error
-from convert.refine import Batch, RefineOptions, refine_layer
+from convert.refine import RefineOptions, refine_layer
 from convert.source_layer import Collect, SourceAttention
-from convert.stream import Stream
+from convert.stream import Examples, Stream
 from engine.checkpoint import Checkpoint
 from engine.kernels.norm import rms_norm
 from engine.model.load import dtype_name
@@ -145,7 +145,7 @@ class _LayerWork:
     source: SourceAttention
     rest: Mapping[str, Tensor]  # Converted's
     learnt: dict[Collect, Any]
-    examples: list[list[Batch]]  # to fit on, and held out; as far as they are needed
+    examples: list[Examples]  # to fit on, and held out; as far as they are needed
 
 
 class _Sweep:

@@ -65,6 +65,21 @@ def chunks(
         yield Chunk(held, embedding, spec)
 
 
+class Examples(Sequence[tuple[Tensor, Tensor]]):
+    """Inputs of an attention, and what it puts out. Inputs are normed when they are asked for, and not kept."""
+
+    def __init__(self, half: AttentionHalf, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """`batches`: the stream before the attention, and what the attention puts out."""
+        self._half, self._batches = half, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # slices are not needed
+        x, y = self._batches[index]
+        return self._half.normed(x.flatten(0, 1)).view_as(x), y
+
+
 class Stream:
     """All the windows of a text, standing before the same half of a layer."""
 
@@ -96,17 +111,18 @@ class Stream:
             whole += (chunk.x + y).double().square().sum().item()
         return added / whole if whole else 0.0
 
-    def examples(self, half: AttentionHalf) -> list[tuple[Tensor, Tensor]]:
+    def examples(self, half: AttentionHalf) -> Examples:
         """`windows` beside `attended`, both [windows, length, hidden], in batches of about BATCH_TOKENS.
 
         They are tensors that autograd may keep, as those made in inference mode may not be.
         """
         batches: list[tuple[Tensor, Tensor]] = []
         with torch.inference_mode(False), torch.no_grad():
-            for chunk, x, y in zip(self.chunks, self.windows(half), self.attended(half), strict=True):
+            for chunk, y in zip(self.chunks, self.attended(half), strict=True):
                 count = max(1, BATCH_TOKENS // chunk.length)
-                batches += zip(x.split(count), y.view_as(x).split(count), strict=True)
-        return batches
+                x, y = (t.unflatten(0, (chunk.num_windows, chunk.length)).split(count) for t in (chunk.x, y))
+                batches += zip(x, y, strict=True)
+        return Examples(half, batches)
 
     def attend(self, half: AttentionHalf) -> None:
         """Run it on every chunk, which then stands before the MLP."""
