@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.optim.adam import adam as adam_step
 from tqdm import tqdm
 
+from convert.memory import give_back
+
 Tensors = dict[str, Tensor]
 Example = TypeVar("Example")
 
@@ -79,6 +81,7 @@ def by_error(state: State) -> float:
 
 def _run(problem: Problem[Example], start: State, learning_rate: float, steps: int, checks: int, seed: int) -> State:
     """-> the best state at a check; ends once two in a row are worse."""
+    give_back()
     weights = {name: t.to(torch.float32, copy=True).requires_grad_() for name, t in start.tensors.items()}
     adam = _Adam(weights, learning_rate)
     generator = torch.Generator().manual_seed(seed)

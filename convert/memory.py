@@ -24,7 +24,10 @@ def peak_memory() -> int:
 
 
 def give_back() -> None:
-    """To the system, what was freed. glibc keeps it and reuses it badly: tensors of other sizes fit between others."""
+    """To the system, what was freed: before a step that takes much.
+
+    glibc keeps it, and what next comes in other sizes does not fit into the gaps.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
     if trim is not None:
         trim(0)
