@@ -3,9 +3,9 @@ then the MLP, and all texts past that.
 
 Invariant: the weights of one half of a layer are in memory at a time, and the rest of what is written is read as it is
 written; the embedding and the head are read when they are needed, and not widened as a whole. What is freed goes back
-to the system before the next half. Everything else held is activations. All statistics are the source model's own: no layer
-sees the conversion of those before it. What is measured is what is written: errors are taken with the tensors rounded
-to the dtype they are stored in.
+to the system before the next half. Everything else held is activations. All statistics are the source model's own: no
+layer sees the conversion of those before it. What is measured is what is written: errors are taken with the tensors
+rounded to the dtype they are stored in.
 """
 
 from __future__ import annotations
