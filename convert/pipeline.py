@@ -248,6 +248,7 @@ class _Sweep:
 
     def comparisons(self) -> list[Comparison]:
         """Of each candidate with the source, once all layers are behind them."""
+        give_back()
         loaded, stored = self.precision.outer(self.source)
         return [_compare(self.check, own, loaded, stored, self.source.spec) for own in self.own]
 
