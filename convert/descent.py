@@ -2,6 +2,8 @@
 
 Invariant: a pure function of the problem, the start and the options, the seed included; and what comes back has, on
 text that the problem holds out, an error no larger than the start's. Learning rate and stopping are chosen by it.
+Weights move in fp32, and what is measured and kept is rounded as the start is stored. In fp32 there are at most four of
+each at a time: the weight, Adam's two moments, and its gradient or, while errors are measured, the rounded one widened.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam as adam_step
 from tqdm import tqdm
+
+from convert.memory import give_back
 
 Tensors = dict[str, Tensor]
 Example = TypeVar("Example")
 
 BETAS = (0.9, 0.95)
+EPSILON = 1e-8
 WARM_UP = 0.1  # of the steps
 
 
@@ -31,12 +37,12 @@ class Problem(Protocol, Generic[Example]):
         """Scalar, with gradients."""
 
     def error(self, tensors: Tensors) -> float:
-        """On what is held out, with the tensors rounded as they are stored."""
+        """On what is held out, with tensors as they are stored."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Tensors in fp32, their error, and after how many steps it was reached."""
+    """Tensors as they are stored, their error, and after how many steps it was reached."""
 
     tensors: Tensors
     error: float
@@ -55,18 +61,18 @@ MIN_TRIAL = 10
 
 
 def descend(problem: Problem[Example], start: State, steps: int, options: DescentOptions) -> tuple[State, float]:
-    """-> the best state found, and the learning rate taken: the one that short trials of all do best with.
+    """-> the best state found with the learning rate that short trials of all do best with, and that rate.
 
-    Where none of them gets below the start's error, the least.
+    Where none of them gets below the start's error, the least. Of the trials no weights are kept.
     """
     trial = min(steps, max(MIN_TRIAL, steps // options.trial))
-    best, best_rate = start, min(options.learning_rates)
-    for rate in options.learning_rates if len(options.learning_rates) > 1 else ():
-        found = _run(problem, start, rate, trial, 1, options.seed)
-        if by_error(found) < by_error(best):
-            best, best_rate = found, rate
-    run = _run(problem, start, best_rate, steps, options.checks, options.seed)
-    return min(best, run, key=by_error), best_rate
+
+    def tried(rate: float) -> tuple[float, float]:
+        return by_error(_run(problem, start, rate, trial, 1, options.seed)), rate
+
+    rates = options.learning_rates
+    rate = min(rates, key=tried) if len(rates) > 1 else rates[0]
+    return _run(problem, start, rate, steps, options.checks, options.seed), rate
 
 
 def by_error(state: State) -> float:
@@ -75,9 +81,9 @@ def by_error(state: State) -> float:
 
 def _run(problem: Problem[Example], start: State, learning_rate: float, steps: int, checks: int, seed: int) -> State:
     """-> the best state at a check; ends once two in a row are worse."""
-    weights = {name: t.clone().requires_grad_() for name, t in start.tensors.items()}
-    rates = _relative_rates(weights, learning_rate)
-    optimiser = torch.optim.Adam([{"params": [t]} for t in weights.values()], betas=BETAS, fused=True)
+    give_back()
+    weights = {name: t.to(torch.float32, copy=True).requires_grad_() for name, t in start.tensors.items()}
+    adam = _Adam(weights, learning_rate)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     best, worse = start, 0
@@ -85,20 +91,45 @@ def _run(problem: Problem[Example], start: State, learning_rate: float, steps: i
     for step in tqdm(range(1, steps + 1), description, unit="step", leave=False, disable=None):
         if not order:
             order = torch.randperm(len(problem.examples), generator=generator).tolist()
-        optimiser.zero_grad()
         problem.loss(weights, problem.examples[order.pop()]).backward()
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * _schedule(step, steps)
-        optimiser.step()
+        adam.step(_schedule(step, steps))
         if step * checks // steps > (step - 1) * checks // steps:
-            error = problem.error({name: t.detach() for name, t in weights.items()})
+            rounded = {name: t.detach().to(start.tensors[name].dtype, copy=True) for name, t in weights.items()}
+            error = problem.error(rounded)
             if error < by_error(best):
-                best, worse = State({name: t.detach().clone() for name, t in weights.items()}, error, step), 0
+                best, worse = State(rounded, error, step), 0
             else:
                 worse += 1
                 if worse == 2:
                     break
     return best
+
+
+class _Adam:
+    """Adam (arXiv 1412.6980), with a learning rate for each tensor.
+
+    torch.optim.Adam computes the same, but it loads torch's compiler, which takes 160 MB, and the first one of a
+    process is not freed, moments and all, before Python looks for cycles.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], learning_rate: float) -> None:
+        rates = _relative_rates(weights, learning_rate)
+        self._parts = [
+            (t, torch.zeros_like(t), torch.zeros_like(t), torch.zeros((), device=t.device), rate)
+            for t, rate in zip(weights.values(), rates, strict=True)
+        ]
+
+    @torch.no_grad()
+    def step(self, schedule: float) -> None:
+        """With `schedule` of the learning rates; takes the gradients away."""
+        for t, mean, square, count, rate in self._parts:
+            if t.grad is None:  # the loss does not depend on it
+                continue
+            adam_step(
+                [t], [t.grad], [mean], [square], [], [count], fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
+                lr=rate * schedule, weight_decay=0.0, eps=EPSILON, maximize=False,
+            )  # fmt: skip
+            t.grad = None
 
 
 def _schedule(step: int, steps: int) -> float:

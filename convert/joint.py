@@ -9,7 +9,7 @@ held-out windows no larger KL than what it was given, rounded likewise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from engine.checkpoint import Checkpoint
 from engine.model.load import load_model
 from engine.model.transformer import Transformer, embed, finish_logits, norm_weight
 from engine.spec import GatedMLPSpec, LayerSpec, MLASpec, ModelSpec
+from engine.tensor_map import TensorMap, under
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
@@ -55,7 +56,7 @@ class Staged(Store):
         self.records: dict[int, list[dict[str, Any] | None]] = {}
 
     def keep(self, candidate: int, _layer: int, made: Converted) -> None:
-        self.layers.setdefault(candidate, []).append((made.spec, made.tensors()))
+        self.layers.setdefault(candidate, []).append((made.spec, dict(made.tensors())))
         self.records.setdefault(candidate, []).append(made.refinement)
 
 
@@ -98,7 +99,7 @@ def refine_jointly(
         start = State(student.start, student.error(student.start))
         best, rate = descend(student, start, options.steps, options)
     record = {"kl_before": start.error, "kl_after": best.error, "learning_rate": rate, "steps": best.steps}
-    return student.by_layer(precision.store(best.tensors)), record
+    return student.by_layer(best.tensors), record
 
 
 class _Example:
@@ -134,10 +135,10 @@ class _Student:
         self.rest: list[Tensors] = []
         self.start: Tensors = {}
         for i, (_, tensors) in enumerate(layers):
-            loaded = _plain(precision.load(precision.store(tensors)))
-            own = {n.removeprefix("self_attn."): t for n, t in loaded.items() if n.startswith("self_attn.")}
-            self.start |= {f"{i}.{name}": t for name, t in own.items()}
-            self.rest.append({name: t for name, t in loaded.items() if not name.startswith("self_attn.")})
+            stored = precision.store(tensors)
+            self.start |= {f"{i}.{name}": t for name, t in _plain(under(stored, "self_attn.")).items()}
+            rest = [name for name in stored if not name.startswith("self_attn.")]
+            self.rest.append(_plain(precision.load(TensorMap(rest, stored.__getitem__))))
         embedding = self.outer["embed_tokens.weight"]
         self.examples, self.held_out = (
             [_Example(c, self.teacher) for c in chunks(windows, embedding, source.spec, BATCH_TOKENS)]
@@ -151,8 +152,8 @@ class _Student:
     def error(self, tensors: Tensors) -> float:
         """KL per token over what is held out."""
         with torch.no_grad():
-            stored = _plain(self.precision.load(self.precision.store(tensors)))
-            total = sum(self.loss(stored, example).item() * example.ids.numel() for example in self.held_out)
+            loaded = _plain(self.precision.load(tensors))
+            total = sum(self.loss(loaded, example).item() * example.ids.numel() for example in self.held_out)
         return max(0.0, total / sum(example.ids.numel() for example in self.held_out))
 
     def loss(self, tensors: Tensors, example: _Example) -> Tensor:
@@ -194,6 +195,6 @@ def _mlp(layer: LayerSpec, tensors: Tensors, x: Tensor) -> Tensor:
     return linear(ACTIVATIONS[mlp.activation](gate) * linear(x, "up"), "down")
 
 
-def _plain(tensors: Tensors) -> Tensors:
+def _plain(tensors: Mapping[str, Tensor]) -> Tensors:
     """Copies that autograd may use, whatever mode they were made in."""
     return {name: t.clone() for name, t in tensors.items()}

@@ -34,7 +34,7 @@ class LinearView:
 
 
 def linear_view(spec: GQASpec, tensors: Mapping[str, Tensor]) -> LinearView:
-    """`tensors`: the attention's, named as in the checkpoint."""
+    """`tensors`: the attention's, named as in the checkpoint; they may be made when they are asked for."""
     if spec.qk_norm_eps is None:
         return LinearView(spec, tensors, lambda inputs: inputs, lambda mla, made: (_limited(mla, spec), made))
     return _normed_view(spec, spec.qk_norm_eps, tensors)
@@ -50,17 +50,18 @@ def _normed_view(spec: GQASpec, eps: float, tensors: Mapping[str, Tensor]) -> Li
     picks = torch.eye(q_width + 2 * kv_width, dtype=like.dtype, device=like.device)
     names = [f"{name}_proj.weight" for name in "qkv"]
     seen = dict(zip(names, picks.split((q_width, kv_width, kv_width)), strict=True))
-    seen |= {name: t for name, t in tensors.items() if name.startswith("o_proj.")}
+    seen |= {name: tensors[name] for name in tensors if name.startswith("o_proj.")}
 
-    def project(x: Tensor, name: str) -> Tensor:
-        y = F.linear(x, tensors[f"{name}_proj.weight"], tensors.get(f"{name}_proj.bias"))
+    def project(own: Mapping[str, Tensor], x: Tensor, name: str) -> Tensor:
+        y = F.linear(x, own[f"{name}_proj.weight"], own.get(f"{name}_proj.bias"))
         if name == "v":
             return y
-        return rms_norm(y.reshape(-1, spec.head_dim), tensors[f"{name}_norm.weight"], eps).view_as(y)
+        return rms_norm(y.reshape(-1, spec.head_dim), own[f"{name}_norm.weight"], eps).view_as(y)
 
     def inputs(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        own = {name: tensors[name] for name in tensors if not name.startswith("o_proj.")}  # made once for all parts
         for x in parts:
-            yield torch.cat([project(x, name) for name in "qkv"], -1)
+            yield torch.cat([project(own, x, name) for name in "qkv"], -1)
 
     def finish(mla: MLASpec, made: dict[str, Tensor]) -> ConvertedLayer:
         return _after_norms(_limited(mla, spec), made, spec, eps, tensors)
@@ -79,7 +80,7 @@ def _after_norms(
     if n:  # a head's nope query is its whole query: what the method maps it by joins the keys' up-projection
         up = torch.cat((nope.mT @ up[:, :n], up[:, n:]), 1)
     out = {name: t for name, t in made.items() if name.startswith(("o_proj.", "kv_a_proj_with_mqa.bias"))}
-    out |= {name: t for name, t in tensors.items() if not name.startswith("o_proj.")}
+    out |= {name: tensors[name] for name in tensors if not name.startswith("o_proj.")}
     out["q_rope_proj.weight"] = rope.flatten(0, 1)
     out["kv_a_proj_with_mqa.weight"] = made["kv_a_proj_with_mqa.weight"][:, heads * dim :]
     out["kv_b_proj.weight"] = up.flatten(0, 1)

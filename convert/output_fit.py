@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convert.differentiable import mla_heads
+from convert.memory import give_back
 from engine.spec import MLASpec
 
 RIDGE = 1e-2  # of the heads' mean energy, towards the projection there was: less text than weights changes little
@@ -25,6 +26,7 @@ def fit_output(
 
     batches: (normed inputs, what attention should put out), [windows, length, hidden] each.
     """
+    give_back()
     columns = [tensors["o_proj.weight"]] + ([tensors["o_proj.bias"][:, None]] if spec.o_bias else [])
     weight = torch.cat(columns, 1).double()  # [hidden, H v (+ 1)]: a bias is a weight of one column
     gram = weight.new_zeros(weight.shape[1], weight.shape[1])

@@ -1,14 +1,15 @@
-"""A pass over the source's layers: of each, statistics -> method -> finish -> store -> advance.
+"""A pass over the source's layers: of each, statistics -> method -> finish -> store, and all texts past its attention;
+then the MLP, and all texts past that.
 
-Invariant: one layer's weights are in memory at a time; the embedding and the head are read when they are needed, and
-not widened as a whole. Everything else held is activations. All statistics are the source model's own: no layer sees
-the conversion of those before it. What is measured is what is written: errors are taken with the tensors rounded to
-the dtype they are stored in.
+Invariant: the weights of one half of a layer are in memory at a time, and the rest of what is written is read as it is
+written; the embedding and the head are read when they are needed, and not widened as a whole. What is freed goes back
+to the system before the next half. Everything else held is activations. All statistics are the source model's own: no
+layer sees the conversion of those before it. What is measured is what is written: errors are taken with the tensors
+rounded to the dtype they are stored in.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,18 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from convert.memory import give_back
 from convert.methods import LayerMethod
 from convert.output_fit import fit_output
 from convert.plan import Candidate
 from convert.quality import Comparison, relative_error
-from convert.refine import Batch, RefineOptions, refine_layer
-from convert.source_layer import Collect, SourceLayer
-from convert.stream import Stream
+from convert.refine import RefineOptions, refine_layer
+from convert.source_layer import Collect, SourceAttention
+from convert.stream import Examples, Stream
 from engine.checkpoint import Checkpoint
 from engine.kernels.norm import rms_norm
-from engine.model.mla import MLAttention
-from engine.model.transformer import Layer, finish_logits, norm_weight
+from engine.model.load import dtype_name
+from engine.model.transformer import AttentionHalf, MLPHalf, finish_logits, norm_weight
 from engine.spec import LayerSpec, MLASpec, ModelSpec
+from engine.tensor_map import TensorMap
 
 HEAD_ROWS = 4096  # of the output head, widened at a time
 
@@ -46,19 +49,21 @@ class Precision:
     stored: torch.dtype
     compute: torch.dtype = torch.float32
 
-    def outer(self, source: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def outer(self, source: Checkpoint) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """What no layer owns, as the source stores it and as the result does: not widened, since it may be large."""
         here = {name: t.to(self.device) for name, t in source.outer().items()}
         return here, self.store(here)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.to(self.device, self.compute) for name, t in tensors.items()}
+    def load(self, tensors: Mapping[str, Tensor]) -> TensorMap:
+        """To compute with: each is made when it is asked for, and not kept."""
+        return TensorMap(tensors, lambda name: tensors[name].to(self.device, self.compute))
 
-    def store(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.to(self.stored) for name, t in tensors.items()}
+    def store(self, tensors: Mapping[str, Tensor]) -> TensorMap:
+        """As they are stored, likewise."""
+        return TensorMap(tensors, lambda name: tensors[name].to(self.stored))
 
     def laid_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`store`, each tensor contiguous in memory of its own, as it comes back from a file: sums may depend on it."""
+        """As stored, contiguous and in memory of their own, as they come back from a file: sums may depend on it."""
         contiguous = torch.contiguous_format
         return {name: t.to(self.stored, copy=True, memory_format=contiguous) for name, t in tensors.items()}
 
@@ -77,13 +82,13 @@ class Converted:
 
     spec: LayerSpec
     attention: StoredAttention
-    rest: dict[str, Tensor]  # all but the attention, named as in the checkpoint, as in the source
+    rest: Mapping[str, Tensor]  # all but the attention, named as in the checkpoint; read from the source when asked for
     refinement: dict[str, Any] | None  # refine_layer's record
     attention_error: Callable[[], float]  # relative, on the source's own inputs; costs two runs of the attention
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> TensorMap:
         """All of them, the attention's as stored."""
-        return self.rest | {f"self_attn.{name}": t for name, t in self.attention[1].items()}
+        return _whole(self.rest, self.attention[1])
 
 
 class Store:
@@ -134,18 +139,17 @@ def sweep(
 
 @dataclass(frozen=True)
 class _LayerWork:
-    """What all candidates share at one layer."""
+    """What all candidates share at the attention of one layer."""
 
     index: int
-    source: SourceLayer
-    rounded: Layer  # the source's, rounded as the result is stored
-    rest: dict[str, Tensor]
+    source: SourceAttention
+    rest: Mapping[str, Tensor]  # Converted's
     learnt: dict[Collect, Any]
-    examples: list[list[Batch]]  # to fit on, and held out; as far as they are needed
+    examples: list[Examples]  # to fit on, and held out; as far as they are needed
 
 
 class _Sweep:
-    """The texts of a sweep: the source's, and for each candidate `check` once more. All stand before the same layer."""
+    """The texts of a sweep: the source's, and for each candidate `check` once more. All stand before the same half."""
 
     def __init__(
         self,
@@ -169,40 +173,54 @@ class _Sweep:
         self.finished_on = [self.fit, *held_out] if fits or held_out else []
 
     def convert_layer(self, index: int) -> Iterator[dict[str, Any] | None]:
-        """By one candidate after the other; -> each one's record of refinement. The last to stop here is the source."""
+        """By one candidate after the other; -> each one's record of refinement."""
+        give_back()
+        yield from self._attend(index)
+        give_back()
+        self._feed(index)
+
+    def _attend(self, index: int) -> Iterator[dict[str, Any] | None]:
+        """Every candidate's attention, then the source's. All that is held of the layer goes with the iterator."""
         work = self._begin(index)
         for candidate, own in enumerate(self.own):
             converted, record = self._convert(candidate, work)
-            own.advance(converted)
+            own.attend(converted)
             del converted  # before the next is made
             yield record
         for text in self.texts:
-            text.advance(work.source.layer)
+            text.attend(work.source.half)
+
+    def _feed(self, index: int) -> None:
+        """The source's MLP, for candidates rounded as it is stored; the same one, where that changes nothing."""
+        spec, tensors = self.source.spec, self.source.layer(index)
+        exact = self.source.layer_dtypes(index) == {dtype_name(self.precision.stored)}
+        for texts in [[*self.texts, *self.own]] if exact else [self.texts, self.own]:
+            given = self.precision.store(tensors) if texts is self.own else tensors
+            mlp = MLPHalf(spec.layers[index], spec, self.precision.load(given))
+            for text in texts:
+                text.feed(mlp)
+            del mlp  # before the next is made
 
     def _begin(self, index: int) -> _LayerWork:
-        """Read a layer and take its statistics."""
-        spec, precision = self.source.spec, self.precision
-        raw = dict(self.source.layer(index))
-        source = SourceLayer(spec, index, precision.load(raw))
-        rounded = source.layer
-        if any(t.dtype != precision.stored for t in raw.values()):
-            rounded = Layer(spec.layers[index], spec, precision.load(precision.store(raw)))
-        rest = {name: t for name, t in raw.items() if not name.startswith("self_attn.")}
+        """Read a layer's attention and take its statistics."""
+        tensors = self.source.layer(index)
+        source = SourceAttention(self.source.spec, index, self.precision.load(tensors))
+        rest = TensorMap([name for name in tensors if not name.startswith("self_attn.")], tensors.__getitem__)
         missing = [c.layers[index] for i, c in enumerate(self.candidates) if not self.store.has(i, index)]
         learnt = source.learn((method.collect for method in missing), self.fit)
-        examples = [text.examples(source.layer) for text in self.finished_on if missing]
-        return _LayerWork(index, source, rounded, rest, learnt, examples)
+        examples = [text.examples(source.half) for text in self.finished_on if missing]
+        return _LayerWork(index, source, rest, learnt, examples)
 
-    def _convert(self, candidate: int, work: _LayerWork) -> tuple[Layer, dict[str, Any] | None]:
-        """-> the layer by a candidate, which the store then has, and the record of its refinement."""
+    def _convert(self, candidate: int, work: _LayerWork) -> tuple[AttentionHalf, dict[str, Any] | None]:
+        """-> the attention by a candidate, which the store then has, and the record of its refinement."""
         if self.store.has(candidate, work.index):
-            return self._with_attention(work.rounded, self.store.read(candidate, work.index)), None
+            return self._half(work, self.store.read(candidate, work.index)), None
         spec, made, record = self._make(self.candidates[candidate].layers[work.index], work)
         made = self.precision.laid_out(made)
-        converted = self._with_attention(work.rounded, (spec, made))
-        error = partial(_attention_error, self.check, work.source.layer, converted)
-        self.store.keep(candidate, work.index, Converted(converted.spec, (spec, made), work.rest, record, error))
-        return converted, record
+        half = self._half(work, (spec, made))
+        error = partial(_attention_error, self.check, work.source.half, half)
+        self.store.keep(candidate, work.index, Converted(half.spec, (spec, made), work.rest, record, error))
+        return half, record
 
     def _make(
         self, method: LayerMethod[Any], work: _LayerWork
@@ -212,29 +230,36 @@ class _Sweep:
         view = work.source.view
         spec, made = view.finish(*method.convert(view.spec, view.tensors, work.learnt[method.collect]))
         if self.refinement is not None:
-            made = self.precision.load(made)  # what was float64 is not held any longer
+            made = self.precision.laid_out(made)  # what was float64 is not held any longer
             fit, held_out = work.examples
-            made, record = refine_layer(spec, made, fit, held_out, self.precision.stored, self.refinement.options)
+            made, record = refine_layer(spec, made, fit, held_out, self.refinement.options)
             return spec, made, record
         if work.examples and method.fits_output:
-            made = fit_output(spec, self.precision.load(made), work.examples[0])
+            made = dict(self.precision.load(made))  # likewise
+            made = fit_output(spec, made, work.examples[0])
         return spec, made, None
 
-    def _with_attention(self, layer: Layer, attention: StoredAttention) -> Layer:
-        """The same layer, sharing all else, with another attention."""
+    def _half(self, work: _LayerWork, attention: StoredAttention) -> AttentionHalf:
+        """A converted attention between the source's norms, all rounded as they are stored."""
         spec, tensors = attention
-        other = copy.copy(layer)
-        other.spec = replace(layer.spec, attention=spec)
-        other.attention = MLAttention(spec, self.precision.load(tensors))
-        return other
+        layer = replace(self.source.spec.layers[work.index], attention=spec)
+        stored = self.precision.store(_whole(work.rest, tensors))
+        return AttentionHalf(layer, self.source.spec, self.precision.load(stored))
 
     def comparisons(self) -> list[Comparison]:
         """Of each candidate with the source, once all layers are behind them."""
+        give_back()
         loaded, stored = self.precision.outer(self.source)
         return [_compare(self.check, own, loaded, stored, self.source.spec) for own in self.own]
 
 
-def _attention_error(text: Stream, source: Layer, converted: Layer) -> float:
+def _whole(rest: Mapping[str, Tensor], attention: Mapping[str, Tensor]) -> TensorMap:
+    """All of a layer's tensors, of the attention's given without their prefix."""
+    own = {f"self_attn.{name}": t for name, t in attention.items()}
+    return TensorMap([*rest, *own], lambda name: own[name] if name in own else rest[name])
+
+
+def _attention_error(text: Stream, source: AttentionHalf, converted: AttentionHalf) -> float:
     """Relative, of what the layer's attention puts out on the source's own inputs."""
     return relative_error(zip(text.attended(source), text.attended(converted), strict=True))
 

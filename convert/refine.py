@@ -4,8 +4,8 @@ Least squares on calibration text, no gradient through any other layer, no train
 projection is fitted in closed form; then Adam fits all weights together; then o_proj again. The text is the caller's:
 batches to fit on, and others, held out, that choose the learning rate and where to stop.
 
-Invariant: a pure function of its arguments, the seed included; and what it returns, rounded as it is stored, is on the
-held-out batches no worse than what it was given, rounded likewise.
+Invariant: a pure function of its arguments, the seed included; and what it returns is on the held-out batches no worse
+than what it was given. Both are rounded as they are stored.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class RefineOptions(DescentOptions):
 class _LayerFit:
     """One layer's fit, as a problem to descend."""
 
-    def __init__(self, spec: MLASpec, fit: Sequence[Batch], held_out: Sequence[Batch], stored: torch.dtype) -> None:
-        self.spec, self.stored = spec, stored
+    def __init__(self, spec: MLASpec, fit: Sequence[Batch], held_out: Sequence[Batch]) -> None:
+        self.spec = spec
         self.examples, self.held_out = fit, held_out
         self.scale = sum(y.square().mean().item() for _, y in self.examples) / len(self.examples) or 1.0
 
@@ -47,12 +47,14 @@ class _LayerFit:
         return (mla_attention(self.spec, tensors, x) - target).square().mean() / self.scale
 
     def error(self, tensors: Tensors) -> float:
-        return held_out_error(self.spec, {n: t.to(self.stored).float() for n, t in tensors.items()}, self.held_out)
+        return held_out_error(self.spec, _widened(tensors), self.held_out)
 
     def output_fitted(self, state: State) -> State:
         """With o_proj in closed form, where that is better."""
         with torch.no_grad():
-            tensors = fit_output(self.spec, state.tensors, self.examples)
+            fitted = fit_output(self.spec, _widened(state.tensors), self.examples)
+            tensors = {n: fitted[n].to(t.dtype) if n.startswith("o_proj.") else t for n, t in state.tensors.items()}
+            del fitted  # before the error is measured
             return min(state, State(tensors, self.error(tensors), state.steps), key=by_error)
 
 
@@ -61,23 +63,26 @@ def refine_layer(
     tensors: Mapping[str, Tensor],
     fit: Sequence[Batch],
     held_out: Sequence[Batch],
-    stored: torch.dtype,
     options: RefineOptions,
 ) -> tuple[Tensors, dict[str, Any]]:
-    """-> the layer's tensors in `stored`, and the record of it: relative errors on `held_out` before and after.
+    """tensors: as they are stored -> those of the refined layer, in the same dtypes, and the record of it: relative
+    errors on `held_out` before and after.
 
     The error is |converted - source| / |source|, as everywhere. Batches and tensors lie on one device, the batches in
     fp32 and, since autograd keeps them, not made in inference mode.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        problem = _LayerFit(spec, fit, held_out, stored)
-        own = {name: t.detach().float().clone() for name, t in tensors.items()}
-        given = State(own, problem.error(own))
+        problem = _LayerFit(spec, fit, held_out)
+        given = State(dict(tensors), problem.error(dict(tensors)))
         steps = max(options.passes * len(fit), options.min_steps)
         best, rate = descend(problem, problem.output_fitted(given), steps, options)
         best = problem.output_fitted(best)
     record = {"error_before": given.error, "error_after": best.error, "learning_rate": rate, "steps": best.steps}
-    return {name: t.to(stored) for name, t in best.tensors.items()}, record
+    return best.tensors, record
+
+
+def _widened(tensors: Tensors) -> Tensors:
+    return {name: t.float() for name, t in tensors.items()}
 
 
 def held_out_error(spec: MLASpec, tensors: Mapping[str, Tensor], batches: Sequence[Batch]) -> float:

@@ -1,7 +1,7 @@
-"""The residual stream of many token windows, carried through a model one layer at a time.
+"""The residual stream of many token windows, carried through a model one half of a layer at a time.
 
-Invariant: between two calls every chunk stands before the same layer. No layer's weights are held here, and the cache
-is one layer's, for one chunk.
+Invariant: between two calls every chunk stands before the same half, attention or MLP. No weights are held here, and
+the cache is one layer's, for one chunk.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from engine.kernels.norm import rms_norm
 from engine.model.batch import Batch
 from engine.model.rotary import Rotary
-from engine.model.transformer import Layer, embed, rope_key
+from engine.model.transformer import AttentionHalf, MLPHalf, embed, rope_key
 from engine.spec import ModelSpec
 
 CHUNK_TOKENS = 4096
@@ -66,62 +65,76 @@ def chunks(
         yield Chunk(held, embedding, spec)
 
 
+class Examples(Sequence[tuple[Tensor, Tensor]]):
+    """Inputs of an attention, and what it puts out. Inputs are normed when they are asked for, and not kept."""
+
+    def __init__(self, half: AttentionHalf, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """`batches`: the stream before the attention, and what the attention puts out."""
+        self._half, self._batches = half, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # slices are not needed
+        x, y = self._batches[index]
+        return self._half.normed(x.flatten(0, 1)).view_as(x), y
+
+
 class Stream:
-    """All the windows of a text, standing before the same layer."""
+    """All the windows of a text, standing before the same half of a layer."""
 
     def __init__(self, windows: Sequence[Sequence[int]], embedding: Tensor, spec: ModelSpec) -> None:
         self.chunks = list(chunks(windows, embedding, spec))
 
-    def inputs(self, layer: Layer) -> Iterator[Tensor]:
-        """What the layer's projections see: normed [T, hidden], chunk by chunk."""
+    def inputs(self, half: AttentionHalf) -> Iterator[Tensor]:
+        """What the attention's projections see: normed [T, hidden], chunk by chunk."""
         for chunk in self.chunks:
-            yield rms_norm(chunk.x, layer.attention_norm, layer.eps)
+            yield half.normed(chunk.x)
 
-    def windows(self, layer: Layer) -> Iterator[Tensor]:
+    def windows(self, half: AttentionHalf) -> Iterator[Tensor]:
         """`inputs`, window by window: [windows, length, hidden]."""
-        for chunk, normed in zip(self.chunks, self.inputs(layer), strict=True):
+        for chunk, normed in zip(self.chunks, self.inputs(half), strict=True):
             yield normed.unflatten(0, (chunk.num_windows, chunk.length))
 
-    def attended(self, layer: Layer) -> Iterator[Tensor]:
-        """What the layer's attention adds to the residual stream: [T, hidden], chunk by chunk."""
-        cache = self._cache(layer)
-        for chunk, normed in zip(self.chunks, self.inputs(layer), strict=True):
-            yield layer.attention(normed, chunk.batch, cache, _rotations(layer, chunk))
+    def attended(self, half: AttentionHalf) -> Iterator[Tensor]:
+        """What attention puts out: [T, hidden], chunk by chunk."""
+        blocks, x = max(chunk.num_blocks for chunk in self.chunks), self.chunks[0].x
+        cache = x.new_zeros(blocks, BLOCK_SIZE, half.spec.attention.cache_width)
+        for chunk, normed in zip(self.chunks, self.inputs(half), strict=True):
+            yield half.attention(normed, chunk.batch, cache, _rotations(half, chunk))
 
-    def weight(self, layer: Layer) -> float:
+    def weight(self, half: AttentionHalf) -> float:
         """How much of the residual stream the layer's attention is: |what it adds|^2 / |the stream with it|^2."""
         added = whole = 0.0
-        for chunk, y in zip(self.chunks, self.attended(layer), strict=True):
-            if layer.post_attention_norm is not None:
-                y = rms_norm(y, layer.post_attention_norm, layer.eps)
-            y = y * layer.residual_scale
+        for chunk, y in zip(self.chunks, map(half.added, self.attended(half)), strict=True):
             added += y.double().square().sum().item()
             whole += (chunk.x + y).double().square().sum().item()
         return added / whole if whole else 0.0
 
-    def examples(self, layer: Layer) -> list[tuple[Tensor, Tensor]]:
+    def examples(self, half: AttentionHalf) -> Examples:
         """`windows` beside `attended`, both [windows, length, hidden], in batches of about BATCH_TOKENS.
 
         They are tensors that autograd may keep, as those made in inference mode may not be.
         """
         batches: list[tuple[Tensor, Tensor]] = []
         with torch.inference_mode(False), torch.no_grad():
-            for chunk, x, y in zip(self.chunks, self.windows(layer), self.attended(layer), strict=True):
+            for chunk, y in zip(self.chunks, self.attended(half), strict=True):
                 count = max(1, BATCH_TOKENS // chunk.length)
-                batches += zip(x.split(count), y.view_as(x).split(count), strict=True)
-        return batches
+                x, y = (t.unflatten(0, (chunk.num_windows, chunk.length)).split(count) for t in (chunk.x, y))
+                batches += zip(x, y, strict=True)
+        return Examples(half, batches)
 
-    def advance(self, layer: Layer) -> None:
-        """Run the layer on every chunk."""
-        cache = self._cache(layer)
+    def attend(self, half: AttentionHalf) -> None:
+        """Run it on every chunk, which then stands before the MLP."""
+        for chunk, y in zip(self.chunks, self.attended(half), strict=True):
+            chunk.x = chunk.x + half.added(y)
+
+    def feed(self, half: MLPHalf) -> None:
+        """Run it on every chunk, which then stands before the next layer."""
         for chunk in self.chunks:
-            chunk.x = layer(chunk.x, chunk.batch, cache, _rotations(layer, chunk))
-
-    def _cache(self, layer: Layer) -> Tensor:
-        blocks, x = max(chunk.num_blocks for chunk in self.chunks), self.chunks[0].x
-        return torch.zeros(blocks, BLOCK_SIZE, layer.spec.attention.cache_width, dtype=x.dtype, device=x.device)
+            chunk.x = chunk.x + half.added(half.mlp(half.normed(chunk.x)))
 
 
-def _rotations(layer: Layer, chunk: Chunk) -> Tensor:
-    rotary = Rotary([rope_key(layer.spec.attention)], chunk.x.device)
+def _rotations(half: AttentionHalf, chunk: Chunk) -> Tensor:
+    rotary = Rotary([rope_key(half.spec.attention)], chunk.x.device)
     return rotary.tables(chunk.batch.positions)[0]

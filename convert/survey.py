@@ -1,6 +1,7 @@
 """A first pass over the source's layers, for candidates whose layers share one budget.
 
-Invariant: as in pipeline.py, one layer's weights are in memory at a time. What a survey finds is held for all layers.
+Invariant: as in pipeline.py, the weights of one half of a layer are in memory at a time. What a survey finds is
+held for all layers.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from tqdm import tqdm
 
 from convert.pipeline import Precision, Windows
 from convert.plan import Allocation, Candidate
-from convert.source_layer import SourceLayer
+from convert.source_layer import SourceAttention
 from convert.stream import Stream
 from engine.checkpoint import Checkpoint
+from engine.model.transformer import MLPHalf
 
 
 def settle(
@@ -27,16 +29,18 @@ def settle(
     if sharing:
         text = Stream(fit, precision.outer(source)[0]["embed_tokens.weight"], source.spec)
         for index in tqdm(range(len(source.spec.layers)), "surveying", unit="layer", disable=None):
-            layer = SourceLayer(source.spec, index, precision.load(source.layer(index)))
+            tensors = precision.load(source.layer(index))
+            attention = SourceAttention(source.spec, index, tensors)
             surveys = {i: way.surveys[index] for i, way in sharing.items()}
-            learnt = layer.learn((survey.collect for survey in surveys.values()), text)
+            learnt = attention.learn((survey.collect for survey in surveys.values()), text)
             answers = {
-                survey: survey.find(layer.view.spec, layer.view.tensors, learnt[survey.collect])
+                survey: survey.find(attention.view.spec, attention.view.tensors, learnt[survey.collect])
                 for survey in dict.fromkeys(surveys.values())  # that allocations may share
             }
             for i, survey in surveys.items():
                 found[i].append(answers[survey])
-            weights.append(text.weight(layer.layer))
-            text.advance(layer.layer)
-            del layer, learnt  # before the next layer is read
+            weights.append(text.weight(attention.half))
+            text.attend(attention.half)
+            del attention, learnt  # before the MLP is read
+            text.feed(MLPHalf(source.spec.layers[index], source.spec, tensors))
     return [way.allocate(found[i], weights) if isinstance(way, Allocation) else way for i, way in enumerate(tried)]

@@ -123,6 +123,11 @@ class Checkpoint:
                 sources[scale_name(name)] = sources[name]
         return TensorMap(sources, lambda name: makers[name](sources[name]))
 
+    def layer_dtypes(self, index: int) -> frozenset[str]:
+        """All that tensors of `layer` come in; none is read to find out."""
+        names = layer_tensors(self.spec.layers[index], self.spec.hidden_size)
+        return frozenset(self._files.entries[self._stored(name, index)].dtype for name in names)
+
     def _stored(self, name: str, index: int) -> str:
         return stored_name(self._rename(name), index)
 

@@ -24,6 +24,7 @@ from engine.checkpoint.mla_format import config_from_spec, format_config
 from engine.checkpoint.shards import SINGLE_BYTES, ShardWriter, output_errors, sync, write_json
 from engine.errors import CheckpointError
 from engine.spec import LayerSpec, ModelSpec
+from engine.tensor_map import TensorMap
 from engine.tokenizer import copy_tokenizer
 
 GENERATION = "generation_config.json"
@@ -128,7 +129,8 @@ class CheckpointWriter:
         check_tensors(where, expected, tensors)
         with output_errors(self._out):
             try:
-                self._shards.write(_part(index), {stored_name(name, index): t for name, t in tensors.items()})
+                names = {stored_name(name, index): name for name in tensors}
+                self._shards.write(_part(index), TensorMap(names, lambda stored: tensors[names[stored]]))
             except CheckpointError as error:
                 raise CheckpointError(f"{where}: {error}") from None
 

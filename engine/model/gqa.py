@@ -6,7 +6,7 @@ row as it lies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from engine.spec import GQASpec
 class GQAttention:
     """`qkv` is [(H + 2 g) D, hidden], `o` [hidden, H D]."""
 
-    def __init__(self, spec: GQASpec, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, spec: GQASpec, tensors: Mapping[str, Tensor]) -> None:
         """`tensors`: q_proj, k_proj, v_proj, o_proj as `<name>.weight` and, where the spec has them, `<name>.bias`;
         q_norm.weight and k_norm.weight where queries and keys are normalised."""
         self.spec = spec

@@ -6,6 +6,8 @@ A norm is not linear, so the maps that make latents and rope keys cannot be mult
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ class HeadNormedProjection:
     `qkv` [(H + 2 g) D, hidden], `norm` [H + g, D], `row` [r + G dr, 2 g D], `q_rope` [H, D, dr].
     """
 
-    def __init__(self, spec: MLASpec, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, spec: MLASpec, tensors: Mapping[str, Tensor]) -> None:
         """`tensors`: q_proj, k_proj, v_proj, q_norm, k_norm, q_rope_proj, kv_a_proj_with_mqa."""
         norm = spec.head_norm
         assert norm is not None

@@ -74,6 +74,8 @@ def projection(
         rows = zip(names, weights, strict=True)
         bias = join([given[name] if name in given else like.new_zeros(len(weight)) for name, weight in rows])
     if not scales:
-        return Linear(join(weights), bias)
+        whole = join(weights)
+        weights.clear()  # before the whole is packed
+        return Linear(whole, bias)
     joined = join([weight.view(torch.uint8) for weight in weights])  # on a GPU, not every torch can join FP8
     return Linear(joined.view(weights[0].dtype), bias, join(scales))

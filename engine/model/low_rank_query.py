@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ class LowRankQueryProjection:
     `a` [r + G dr + q, hidden] gives the cache row and the query latent, `b` [H (dr + n), q] the queries.
     """
 
-    def __init__(self, spec: MLASpec, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, spec: MLASpec, tensors: Mapping[str, Tensor]) -> None:
         """`tensors`: q_a_proj, q_a_layernorm, q_b_proj, kv_a_proj_with_mqa."""
         assert spec.q_norm_eps is not None
         self.row_width, self.eps = spec.cache_width, spec.q_norm_eps

@@ -11,7 +11,7 @@ where queries are low-rank, LowRankQueryProjection does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ EXPAND_TOKENS = 65536  # context tokens expanded at a time, over all prefills of
 class MLAttention:
     """`kv_b` [H, n + v, r] holds each head's key rows, then its value rows."""
 
-    def __init__(self, spec: MLASpec, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, spec: MLASpec, tensors: Mapping[str, Tensor]) -> None:
         """`tensors`, named as DeepSeek's: q_proj (or q_a_proj, q_a_layernorm, q_b_proj), kv_a_proj_with_mqa,
         kv_a_layernorm where the latent is normalised, kv_b_proj, o_proj; biases where the spec has them."""
         self.spec = spec
@@ -46,7 +46,7 @@ class MLAttention:
         self.v_down = self.kv_b[:, spec.qk_nope_head_dim :].mT  # [H, r, v]
         self.o = projection(tensors, "o_proj", biased=("o_proj",) if spec.o_bias else ())
 
-    def _projection(self, tensors: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    def _projection(self, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         spec = self.spec
         if spec.head_norm is not None:
             return HeadNormedProjection(spec, tensors)

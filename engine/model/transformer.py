@@ -44,41 +44,69 @@ def rope_key(spec: AttentionSpec) -> tuple[RopeSpec, int]:
     return RopeSpec(flat, spec.rope.layout, spec.rope.scale), rows
 
 
-class Layer:
-    """One decoder layer. `tensors` are named as in the checkpoint, without the `model.layers.<i>.` before them."""
+class Half:
+    """x + post_norm(f(norm(x))), of which attention or MLP is f: what stands around it. Both halves make a layer.
 
-    def __init__(self, spec: LayerSpec, model: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
-        """`model`: what all layers share; its own `layers` are not looked at."""
+    Invariant: a half reads no tensors of the other.
+    """
 
-        def norm(name: str) -> Tensor:
-            return norm_weight(tensors[f"{name}.weight"], model)
-
-        self.spec = spec
+    def __init__(self, model: ModelSpec, norm: Tensor, post_norm: Tensor | None) -> None:
+        """`model`: what all layers share; its own `layers` are not looked at. Norms are given as stored."""
+        self.norm = norm_weight(norm, model)
+        self.post_norm = None if post_norm is None else norm_weight(post_norm, model)
         self.eps = model.norm_eps
         self.residual_scale = model.residual_scale
-        self.attention_norm = norm("input_layernorm")
-        self.mlp_norm = norm("pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm")
-        self.post_attention_norm = norm("post_attention_layernorm") if spec.post_norms else None
-        self.post_mlp_norm = norm("post_feedforward_layernorm") if spec.post_norms else None
-        attention = dict(under(tensors, "self_attn."))
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The residual stream [T, hidden] -> what f sees of it, alike."""
+        return rms_norm(x, self.norm, self.eps)
+
+    def added(self, output: Tensor) -> Tensor:
+        """What f puts out [T, hidden] -> what that adds to the residual stream, alike."""
+        if self.post_norm is not None:
+            output = rms_norm(output, self.post_norm, self.eps)
+        return output if self.residual_scale == 1 else output * self.residual_scale
+
+
+class AttentionHalf(Half):
+    """`tensors`: a layer's, named as in the checkpoint, without the `model.layers.<i>.` before them."""
+
+    def __init__(self, spec: LayerSpec, model: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+        post_norm = tensors["post_attention_layernorm.weight"] if spec.post_norms else None
+        super().__init__(model, tensors["input_layernorm.weight"], post_norm)
+        self.spec = spec
+        attention = under(tensors, "self_attn.")
         self.attention = (
             GQAttention(spec.attention, attention)
             if isinstance(spec.attention, GQASpec)
             else MLAttention(spec.attention, attention)
         )
+
+
+class MLPHalf(Half):
+    """`tensors`: as AttentionHalf's."""
+
+    def __init__(self, spec: LayerSpec, model: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+        norm = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
+        post_norm = tensors["post_feedforward_layernorm.weight"] if spec.post_norms else None
+        super().__init__(model, tensors[f"{norm}.weight"], post_norm)
         self.mlp = make_mlp(spec.mlp, under(tensors, "mlp."))
+
+
+class Layer:
+    """One decoder layer."""
+
+    def __init__(self, spec: LayerSpec, model: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+        """As the halves'."""
+        self.attention_half = AttentionHalf(spec, model, tensors)
+        self.mlp_half = MLPHalf(spec, model, tensors)
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor, table: Tensor) -> Tensor:
         """The residual stream x [T, hidden] -> [T, hidden]."""
-        attended = self.attention(rms_norm(x, self.attention_norm, self.eps), batch, cache, table)
-        normed, x = add_rms_norm(self._added(attended, self.post_attention_norm), x, self.mlp_norm, self.eps)
-        return x + self._added(self.mlp(normed), self.post_mlp_norm)
-
-    def _added(self, output: Tensor, post_norm: Tensor | None) -> Tensor:
-        """What a block's output adds to the residual stream."""
-        if post_norm is not None:
-            output = rms_norm(output, post_norm, self.eps)
-        return output if self.residual_scale == 1 else output * self.residual_scale
+        first, second = self.attention_half, self.mlp_half
+        added = first.added(first.attention(first.normed(x), batch, cache, table))
+        normed, x = add_rms_norm(added, x, second.norm, second.eps)
+        return x + second.added(second.mlp(normed))
 
 
 def make_mlp(spec: MLPSpec, tensors: Mapping[str, Tensor]) -> GatedMLP | PlainMLP | MixtureOfExperts:

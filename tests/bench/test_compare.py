@@ -58,9 +58,9 @@ def test_a_wrong_engine_is_found_out() -> None:
     core = core_of(shared("models/stories260K"))
     prompts = [[1, 50, 60], [1, 70, 80, 90, 100]]
     assert check_engine(core, prompts, 8).passed
-    healthy = core.runner.model.layers[2].mlp.down
+    healthy = core.runner.model.layers[2].mlp_half.mlp.down
     calls = iter(range(10**6))
-    core.runner.model.layers[2].mlp.down = lambda x: healthy(x) * (1 if next(calls) % 2 else 1.5)  # type: ignore[assignment]
+    core.runner.model.layers[2].mlp_half.mlp.down = lambda x: healthy(x) * (1 if next(calls) % 2 else 1.5)  # type: ignore[assignment]
     assert not check_engine(core, prompts, 8).passed
 
 

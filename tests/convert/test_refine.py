@@ -103,12 +103,12 @@ def test_refinement_finds_its_way_back(settings: dict[str, Any]) -> None:
     start = {name: t + 0.1 * t.square().mean().sqrt() * normal(*t.shape, seed=80) for name, t in true.items()}
     given = {name: t.clone() for name, t in start.items()}
     fit, held_out = batches(spec, true, 12, 100), batches(spec, true, 2, 200)
-    refined, record = refine_layer(spec, start, fit, held_out, torch.float32, RefineOptions(seed=3))
+    refined, record = refine_layer(spec, start, fit, held_out, RefineOptions(seed=3))
     assert record["error_before"] == pytest.approx(held_out_error(spec, start, held_out))
     assert record["error_after"] == pytest.approx(held_out_error(spec, refined, held_out), rel=1e-4)
     assert record["error_after"] < 0.6 * record["error_before"]
     assert all(torch.equal(given[name], start[name]) for name in start)
-    again, same = refine_layer(spec, start, fit, held_out, torch.float32, RefineOptions(seed=3))
+    again, same = refine_layer(spec, start, fit, held_out, RefineOptions(seed=3))
     assert same == record
     assert all(torch.equal(again[name], refined[name]) for name in refined)
 
@@ -120,7 +120,8 @@ def test_a_layer_is_never_worse_than_it_began(stored: torch.dtype) -> None:
     true = {name: t.to(stored).float() for name, t in weights(spec).items()}
     held_out = batches(spec, true, 2, 200)
     misleading = [(x, y.flip(0)) for x, y in batches(spec, weights(spec, 60), 3, 100)]
-    refined, record = refine_layer(spec, true, misleading, held_out, stored, RefineOptions(min_steps=20))
+    given = {name: t.to(stored) for name, t in true.items()}
+    refined, record = refine_layer(spec, given, misleading, held_out, RefineOptions(min_steps=20))
     assert record["error_after"] == record["error_before"] < 1e-6
     assert record["steps"] == 0
     assert all(torch.equal(refined[name].float(), true[name]) and refined[name].dtype == stored for name in true)
@@ -128,9 +129,10 @@ def test_a_layer_is_never_worse_than_it_began(stored: torch.dtype) -> None:
 
 def test_errors_are_of_what_is_stored() -> None:
     spec = mla()
-    true, start = weights(spec), weights(spec)
+    true = weights(spec)
+    start = {name: t.bfloat16() for name, t in true.items()}
     fit, held_out = batches(spec, true, 2, 100), batches(spec, true, 2, 200)
-    refined, record = refine_layer(spec, start, fit, held_out, torch.bfloat16, RefineOptions(min_steps=20))
+    refined, record = refine_layer(spec, start, fit, held_out, RefineOptions(min_steps=20))
     assert record["error_before"] > 1e-4  # rounding alone
     as_read = {name: t.float() for name, t in refined.items()}
     assert record["error_after"] == pytest.approx(held_out_error(spec, as_read, held_out), rel=1e-4)

@@ -16,7 +16,7 @@ from convert.methods.shared_budget import LayerCost, even_budgets, layer_cost, o
 from convert.plan import Allocation, MethodRequest, candidates
 from convert.stream import Stream
 from engine.checkpoint import open_checkpoint
-from engine.model.transformer import Layer
+from engine.model.transformer import AttentionHalf
 from engine.spec import GQASpec
 from tests.convert.plain_mla import rotate
 from tests.convert.sources import make_source
@@ -113,11 +113,11 @@ def test_sizes_always_fit(errors: tuple[float, float], ratio: float, less_rope: 
 
 def test_the_weight_of_a_layer(tmp_path: Path) -> None:
     source = open_checkpoint(make_source(tmp_path))
-    layer = Layer(source.spec.layers[0], source.spec, source.layer(0))
+    half = AttentionHalf(source.spec.layers[0], source.spec, source.layer(0))
     stream = Stream([[1, 7, 9, 30], [1, 2, 3, 4], [5, 6]], source.outer()["embed_tokens.weight"], source.spec)
     x = torch.cat([chunk.x for chunk in stream.chunks])
-    y = torch.cat(list(stream.attended(layer)))
-    assert stream.weight(layer) == pytest.approx(float(y.square().sum() / (x + y).square().sum()), rel=1e-5)
+    y = torch.cat(list(stream.attended(half)))
+    assert stream.weight(half) == pytest.approx(float(y.square().sum() / (x + y).square().sum()), rel=1e-5)
 
 
 def test_where_budgets_are_shared(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from convert.quality import Comparison, relative_error
 from convert.statistics import collect
 from convert.stream import Stream, chunks
 from engine.checkpoint import open_checkpoint
-from engine.model.transformer import Layer
+from engine.model.transformer import AttentionHalf, MLPHalf
 from engine.spec import GQASpec, ModelSpec
 from tests.convert.sources import make_source, oracle
 
@@ -38,13 +38,14 @@ def test_moments_are_those_of_the_source_models_keys_and_values(tmp_path: Path, 
     for index, spec in enumerate(checkpoint.spec.layers):
         assert isinstance(spec.attention, GQASpec)
         tensors = checkpoint.layer(index)
-        layer = Layer(spec, checkpoint.spec, tensors)
+        half = AttentionHalf(spec, checkpoint.spec, tensors)
         attention = {name.removeprefix("self_attn."): t for name, t in tensors.items() if "self_attn" in name}
-        found = collect(spec.attention, attention, stream.inputs(layer))
+        found = collect(spec.attention, attention, stream.inputs(half))
         assert found.tokens == 5 * 33 + 7
         assert found.kv_moment.dtype == torch.float64
         torch.testing.assert_close(found.kv_moment, expected[index], rtol=1e-4, atol=1e-4)
-        stream.advance(layer)
+        stream.attend(half)
+        stream.feed(MLPHalf(spec, checkpoint.spec, tensors))
 
 
 def hooked_moments(model: Any, windows: list[list[int]]) -> list[Tensor]:

@@ -84,7 +84,7 @@ def test_weights_that_stay_fp8(monkeypatch, tmp_path, claim_cuda):
     monkeypatch.setattr(engine.model.load, "capability", lambda device: (9, 0))
     claim_cuda()
     model = load_model(fp8, DEVICE, "float16")
-    assert [t.dtype for t in model.layers[1].mlp._stacked] == [torch.float8_e4m3fn] * 2 + [torch.float32] * 2
+    assert [t.dtype for t in model.layers[1].mlp_half.mlp._stacked] == [torch.float8_e4m3fn] * 2 + [torch.float32] * 2
     found = run(model, DEVICE, FEW_STEPS)
     assert (found - expected).norm() < 0.01 * expected.norm()  # NaN fails too
 

@@ -20,7 +20,7 @@ def test_dtype(tmp_path, stored, dtype):
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     assert model.dtype == wanted
     assert torch.equal(model.embedding, tensors["model.embed_tokens.weight"].to(wanted))
-    assert model.layers[1].mlp_norm.dtype == wanted
+    assert model.layers[1].mlp_half.norm.dtype == wanted
 
 
 def test_auto_is_the_stored_dtype_on_a_gpu():
