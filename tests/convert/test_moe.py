@@ -46,7 +46,7 @@ def test_a_conversion_that_saves_carries_the_experts_over(tmp_path: Path) -> Non
     command = ["--model", str(source), "--out", str(out), "--cache-ratio", "0.5", "--calibration", str(text)]
     assert main([*command, "--calibration-tokens", "512"]) == 0
     before, after = open_checkpoint(source), open_checkpoint(out)
-    assert after.spec.cache_bytes_per_token(4) * 2 == before.spec.cache_bytes_per_token(4)
+    assert 0.45 < after.spec.cache_bytes_per_token(4) / before.spec.cache_bytes_per_token(4) <= 0.5
     for layer in after.spec.layers:
         assert isinstance(layer.attention, MLASpec)
         assert isinstance(layer.mlp, MoESpec)
