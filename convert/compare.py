@@ -1,8 +1,9 @@
 """`convert compare`: several methods at several cache sizes, each at its best options, against the source on one text.
 
 Options are chosen on held-out calibration text and results measured on another text, which must be another. Nothing is
-written but the report. All conversions ride on the same passes over the source's layers: one to choose, one to
-measure, and one before them for methods that share out a budget; a pass carries at most GROUP_BYTES of activations.
+written but the report. All conversions ride on the same passes over the source's layers: one before any for methods
+that share out a budget, one to choose, one to measure; refined conversions have their own of the last two. A pass
+carries at most GROUP_BYTES of activations.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from engine.model.load import DTYPES, resolve_device
 METHODS = ("score-aware", "transmla", "mha2mla", "care")  # compared where none are named
 CACHE_RATIOS = (1.0, 0.5, 0.25, 0.125)
 GROUP_BYTES = 4 << 30
-BARE, REFINED = ("none",), ("layer", "joint")  # each with a choice of options of its own
 
 _Result = tuple[Candidate, Comparison]
 
@@ -79,32 +79,20 @@ def compare(request: CompareRequest) -> dict[str, Any]:
     entries = [_entry(source, method, ratio) for ratio in request.cache_ratios for method in request.methods]
     if not any(entry.ways for entry in entries):
         raise ConversionError("; ".join(dict.fromkeys(entry.error for entry in entries if entry.error is not None)))
-    calibrated = _calibrate(request, source)
-    settled = iter(settle(source, calibrated.fit, [way for entry in entries for way in entry.ways], precision))
+    run = _Run(request, source, _calibrate(request, source), text, precision)
+    settled = iter(settle(source, run.calibrated.fit, [way for entry in entries for way in entry.ways], precision))
     tried = [[next(settled) for _ in entry.ways] for entry in entries]
-    found: list[dict[str, _Result]] = [{} for _ in entries]
-    for kinds in (BARE, REFINED):
-        if wanted := [refine for refine in request.refine if refine in kinds]:
-            refinement = trial(calibrated.select, request.seed) if kinds == REFINED else None
-            choosing = partial(_compared, source, calibrated, precision)
-            chosen = [candidate for candidate, _ in choose(tried, choosing, refinement)]
-            measuring = partial(
-                _measure, source, calibrated, text.windows, precision=precision, refine=wanted, seed=request.seed
-            )
-            able = [candidate for candidate in chosen if candidate]
-            measured = iter(_grouped(able, text.windows, source, precision, measuring))
-            for results, candidate in zip(found, chosen, strict=True):
-                if candidate is not None:
-                    results |= {refine: (candidate, comparison) for refine, comparison in next(measured).items()}
+    bare = run.results(tried, [refine for refine in request.refine if refine == "none"])
+    refined = run.results(tried, [refine for refine in request.refine if refine != "none"])
     rows = [
-        _row(request, source, entry, refine, results.get(refine), text, precision)
-        for entry, results in zip(entries, found, strict=True)
+        run.row(entry, refine, (results | others).get(refine))
+        for entry, results, others in zip(entries, bare, refined, strict=True)
         for refine in request.refine
     ]
     return {
         "model": source.path.resolve().name,
         "text": str(request.text),
-        "calibration": calibrated.record,
+        "calibration": run.calibrated.record,
         "dtype": source.spec.dtype,
         "seed": request.seed,
         "date": datetime.date.today().isoformat(),
@@ -120,86 +108,87 @@ def _entry(source: Checkpoint, method: str, ratio: float) -> _Entry:
         return _Entry(method, ratio, [], str(error))
 
 
-def _compared(
-    source: Checkpoint, text: Calibration, precision: Precision, tried: list[Candidate], refinement: Refinement | None
-) -> list[Comparison]:
-    """A choice's Measure."""
+@dataclass(frozen=True)
+class _Run:
+    """What all conversions of a comparison share."""
 
-    def compared(group: Sequence[Candidate]) -> list[Comparison]:
-        return sweep(
-            source, text.fit, text.select, group, precision,
-            description=f"choosing among {len(tried)}", refinement=refinement, fit_outputs=False,
-        )  # fmt: skip
+    request: CompareRequest
+    source: Checkpoint
+    calibrated: Calibration
+    text: EvaluationText
+    precision: Precision
 
-    return _grouped(tried, text.select, source, precision, compared)
+    def results(self, tried: Sequence[Sequence[Candidate]], wanted: Sequence[str]) -> list[dict[str, _Result]]:
+        """Of each entry's candidates the best, measured after each of the refinements `wanted`: all of them or none of
+        them "none", since what is best differs. Nothing for an entry without candidates."""
+        if not wanted:
+            return [{} for _ in tried]
+        refinement = None if "none" in wanted else trial(self.calibrated.select, self.request.seed)
+        chosen = [candidate for candidate, _ in choose(tried, self.compared, refinement)]
+        able = [candidate for candidate in chosen if candidate]
+        measured = iter(self.grouped(able, self.text.windows, partial(self.measured, wanted)))
+        return [
+            {refine: (candidate, found) for refine, found in next(measured).items()} if candidate else {}
+            for candidate in chosen
+        ]
 
+    def compared(self, tried: list[Candidate], refinement: Refinement | None) -> list[Comparison]:
+        """On the text kept for choosing: a choice's Measure."""
+        text, description = self.calibrated, f"choosing among {len(tried)}"
 
-def _measure(
-    source: Checkpoint,
-    calibrated: Calibration,
-    text: Windows,
-    group: Sequence[Candidate],
-    precision: Precision,
-    refine: Sequence[str],
-    seed: int,
-) -> list[dict[str, Comparison]]:
-    """Each candidate on `text` after each refinement of `refine`, which has one of BARE or some of REFINED."""
-    measuring = partial(sweep, source, calibrated.fit, text)
-    found: dict[str, list[Comparison]] = {}
-    if refine == list(BARE):
-        found["none"] = measuring(group, precision, description="measuring")
-    else:
-        refinement = Refinement(calibrated.select, RefineOptions(seed=seed))
-        staged = Staged() if "joint" in refine else None
-        found["layer"] = measuring(group, precision, staged, description="refining", refinement=refinement)
+        def compared(group: Sequence[Candidate]) -> list[Comparison]:
+            return sweep(
+                self.source, text.fit, text.select, group, self.precision,
+                description=description, refinement=refinement, fit_outputs=False,
+            )  # fmt: skip
+
+        return self.grouped(tried, text.select, compared)
+
+    def measured(self, wanted: Sequence[str], group: Sequence[Candidate]) -> list[dict[str, Comparison]]:
+        """Each candidate on the text that is reported."""
+        fit, select, seed = self.calibrated.fit, self.calibrated.select, self.request.seed
+        measuring = partial(sweep, self.source, fit, self.text.windows)
+        if "none" in wanted:
+            return [{"none": found} for found in measuring(group, self.precision, description="measuring")]
+        staged = Staged() if "joint" in wanted else None
+        refinement = Refinement(select, RefineOptions(seed=seed))
+        layer = measuring(group, self.precision, staged, description="refining", refinement=refinement)
+        results = [{"layer": found} for found in layer]
         if staged is not None:
             options = JointOptions(seed=seed)
             joint = [
-                jointly_refined(source, c, staged.layers[i], calibrated.fit, calibrated.select, precision, options)[0]
+                jointly_refined(self.source, c, staged.layers[i], fit, select, self.precision, options)[0]
                 for i, c in enumerate(group)
             ]
-            found["joint"] = measuring(joint, precision, description="measuring")
-    return [{kind: found[kind][i] for kind in refine} for i in range(len(group))]
+            for result, found in zip(results, measuring(joint, self.precision, description="measuring"), strict=True):
+                result["joint"] = found
+        return results
 
+    def grouped(
+        self, tried: Sequence[Candidate], check: Windows, how: Callable[[Sequence[Candidate]], list[Measured]]
+    ) -> list[Measured]:
+        """`how` of the candidates in groups, of which the activations over `check` fit GROUP_BYTES."""
+        each = sum(map(len, check)) * self.source.spec.hidden_size * self.precision.compute.itemsize
+        size = max(1, GROUP_BYTES // each)
+        groups = [tried[start : start + size] for start in range(0, len(tried), size)]
+        return [measured for group in groups for measured in how(group)]
 
-def _grouped(
-    tried: Sequence[Candidate],
-    check: Windows,
-    source: Checkpoint,
-    precision: Precision,
-    how: Callable[[Sequence[Candidate]], list[Measured]],
-) -> list[Measured]:
-    """`how` of the candidates in groups, of which the activations over `check` fit GROUP_BYTES."""
-    each = sum(map(len, check)) * source.spec.hidden_size * precision.compute.itemsize
-    size = max(1, GROUP_BYTES // each)
-    groups = [tried[start : start + size] for start in range(0, len(tried), size)]
-    return [measured for group in groups for measured in how(group)]
-
-
-def _row(
-    request: CompareRequest,
-    source: Checkpoint,
-    entry: _Entry,
-    refine: str,
-    result: _Result | None,
-    text: EvaluationText,
-    precision: Precision,
-) -> dict[str, Any]:
-    asked = {"method": entry.method, "cache_ratio": entry.ratio, "refine": refine}
-    if result is None:
-        return asked | {"error": entry.error}
-    candidate, comparison = result
-    itemsize = precision.stored.itemsize
-    return {
-        **asked,
-        "model": None,  # nothing is written
-        "reference": str(request.source),
-        **text.measured(comparison),
-        "cache_bytes_per_token": itemsize * sum(map(sum, candidate.cached)),
-        "reference_cache_bytes_per_token": source.spec.cache_bytes_per_token(itemsize),
-        "options": candidate.options,
-        "layers": [{"kv_lora_rank": rank, "rope_width": rope} for rank, rope in candidate.cached],
-    }
+    def row(self, entry: _Entry, refine: str, result: _Result | None) -> dict[str, Any]:
+        asked = {"method": entry.method, "cache_ratio": entry.ratio, "refine": refine}
+        if result is None:
+            return asked | {"error": entry.error}
+        candidate, comparison = result
+        itemsize = self.precision.stored.itemsize
+        return {
+            **asked,
+            "model": None,  # nothing is written
+            "reference": str(self.request.source),
+            **self.text.measured(comparison),
+            "cache_bytes_per_token": itemsize * sum(map(sum, candidate.cached)),
+            "reference_cache_bytes_per_token": self.source.spec.cache_bytes_per_token(itemsize),
+            "options": candidate.options,
+            "layers": [{"kv_lora_rank": rank, "rope_width": rope} for rank, rope in candidate.cached],
+        }
 
 
 def _calibrate(request: CompareRequest, source: Checkpoint) -> Calibration:
