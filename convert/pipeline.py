@@ -266,7 +266,10 @@ def _attention_error(text: Stream, source: AttentionHalf, converted: AttentionHa
 
 def _project(x: Tensor, weight: Tensor) -> Tensor:
     """x [n, in], weight [out, in] of any dtype -> [n, out] in x's, with little of the weight widened at a time."""
-    return torch.cat([F.linear(x, rows.to(x.dtype)) for rows in weight.split(HEAD_ROWS)], -1)
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    for part, rows in zip(y.split(HEAD_ROWS, -1), weight.split(HEAD_ROWS), strict=True):
+        part.copy_(F.linear(x, rows.to(x.dtype)))
+    return y
 
 
 def _compare(

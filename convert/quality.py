@@ -49,7 +49,7 @@ class Comparison:
             wanted = targets[part, None]
             self._reference_nll -= p.gather(1, wanted).double().sum().item()
             self._nll -= q.gather(1, wanted).double().sum().item()
-            kl = (p.exp() * (p - q)).sum(-1).double().cpu()  # [rows]
+            kl = p.exp().mul_(p - q).sum(-1).double().cpu()  # [rows]
             self._kl += kl.sum().item()
             self._kl_by_power.index_add_(0, powers[part], kl)
             self._agreed += int((p.argmax(-1) == q.argmax(-1)).sum().item())
