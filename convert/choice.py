@@ -68,7 +68,7 @@ def _measured(
     measure: Measure,
     refinement: Refinement | None,
 ) -> list[dict[int, Tried]]:
-    """Of each entry those that are wanted, all in one go: their results come in one row, of which each takes its own."""
+    """Of each entry those that are wanted, all in one go; each takes its own results off the row."""
     group = [entry[i] for entry, numbers in zip(entries, wanted, strict=True) for i in numbers]
     results = iter(measure(group, refinement) if group else [])
     return [
