@@ -36,7 +36,7 @@ from engine.checkpoint.writer import check_output
 from engine.model.load import DTYPES, dtype_name, resolve_device
 from engine.spec import LayerSpec, MLASpec, ModelSpec
 
-CALIBRATION_TOKENS = 32768  # 128 windows of 256, as TransMLA has it
+CALIBRATION_TOKENS = 65536  # more still pays; refinement takes as many more steps
 CALIBRATION = "calibration"  # what it is kept under; nothing before it is costly
 REFINEMENTS = {
     "layer": "fit each converted layer to its source layer's output, one by one",

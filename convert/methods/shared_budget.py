@@ -70,22 +70,27 @@ def even_budgets(specs: Sequence[GQASpec], ratio: float) -> list[int]:
 
 def shared_budgets(
     specs: Sequence[GQASpec], ratio: float, costs: Sequence[LayerCost], weights: Sequence[float]
-) -> list[int]:
-    """As much in all. weights: |output|^2 / |residual stream|^2 of each layer's attention."""
+) -> list[float]:
+    """As much in all, not rounded. weights: |output|^2 / |residual stream|^2 of each layer's attention."""
     even = torch.tensor(even_budgets(specs, ratio), dtype=torch.float64)
     cost = torch.tensor([c.squared_error * w for c, w in zip(costs, weights, strict=True)], dtype=torch.float64)
     parts = even * cost.clamp_min(1e-12 * float(cost.max()) or 1.0) ** (1 / (FALL + 1))
     budgets = LEAST_BUDGET + parts / parts.sum() * (even.sum() - LEAST_BUDGET * len(even))
-    return [min(int(budget + 1e-6), spec.cache_width) for spec, budget in zip(specs, budgets.tolist(), strict=True)]
+    return [min(budget, spec.cache_width) for spec, budget in zip(specs, budgets.tolist(), strict=True)]
 
 
 def split_sizes(
-    specs: Sequence[GQASpec], budgets: Sequence[int], costs: Sequence[LayerCost], less_rope: int = 0
+    specs: Sequence[GQASpec], budgets: Sequence[float], costs: Sequence[LayerCost], less_rope: int = 0
 ) -> tuple[tuple[int, int], ...]:
-    """-> (r, dr) of every layer: its own best split, or one with so many steps less RoPE, as far as there is one."""
-    sizes = []
+    """-> (r, dr) of every layer: its own best split, or one with so many steps less RoPE, as far as there is one.
+
+    What rounding leaves of a layer's budget goes to the next one."""
+    sizes, left = [], 1e-6  # sums of shares may come out a hair below a whole number
     for spec, budget, cost in zip(specs, budgets, costs, strict=True):
         share = cost.rope_shares[min(less_rope, len(cost.rope_shares) - 1)]
         rope = min(max(2, 2 * rounded(round(share * budget) // 2)), spec.num_kv_heads * spec.head_dim)
-        sizes.append((rounded(budget - rope), rope))
+        left += budget - rope
+        rank = rounded(min(int(left), spec.cache_width - rope))
+        left -= rank
+        sizes.append((rank, rope))
     return tuple(sizes)

@@ -95,6 +95,13 @@ def test_splits_have_as_much_less_rope_as_there_is() -> None:
     assert sizes == [((128, 128), (112, 16)), ((192, 64), (112, 16)), ((192, 64), (112, 16))]
 
 
+def test_what_rounding_leaves_goes_to_the_next_layer() -> None:
+    specs, costs = [gqa(heads=8, kv_heads=8, dim=64)] * 3, [LayerCost((0.25,), 0.1)] * 3
+    sizes = split_sizes(specs, [252.5, 247.5, 268.0], costs)
+    assert sizes == ((192, 60), (176, 60), (208, 64))  # by itself the last would be 192 + 64
+    assert split_sizes(specs, [1100.0, 1024.0, 1024.0], costs)[0] == (768, 256)  # no more than a layer has
+
+
 @pytest.mark.parametrize("errors", [(0.0, 0.0), (0.0, 1.0), (1e9, 1e-9), (1.0, 1.0)])
 @pytest.mark.parametrize("ratio", [0.05, 0.25, 0.9])
 @pytest.mark.parametrize("less_rope", [0, 2])
