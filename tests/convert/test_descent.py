@@ -69,3 +69,26 @@ def test_where_every_step_leads_away_the_start_is_kept() -> None:
     best, rate = descend(problem, start, 20, DescentOptions(learning_rates=(0.1, 0.001)))
     assert best is start
     assert rate == 0.001
+
+
+class Told(Nearest):
+    """Its errors are told beforehand."""
+
+    def __init__(self, errors: Sequence[float]) -> None:
+        super().__init__(normal(1), normal(1))
+        self.errors = list(errors)
+
+    def error(self, tensors: Tensors) -> float:
+        return self.errors.pop(0)
+
+
+def test_errors_that_rise_at_first_are_not_the_end() -> None:
+    problem = Told([2.0, 3.0, 3.0, 0.5])
+    best, _ = descend(problem, State(normal(0), 1.0), 20, DescentOptions(learning_rates=(0.1,), checks=4))
+    assert (best.error, best.steps) == (0.5, 20)
+
+
+def test_errors_that_are_not_numbers_are() -> None:
+    problem = Told([0.5, float("nan"), 0.1])
+    best, _ = descend(problem, State(normal(0), 1.0), 30, DescentOptions(learning_rates=(0.1,), checks=3))
+    assert (best.error, best.steps, problem.errors) == (0.5, 10, [0.1])
