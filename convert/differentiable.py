@@ -12,9 +12,14 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from engine.kernels.rope import rope_table
 from engine.spec import MLASpec
+
+# Of the queries that one part of the heads has: 8 MiB in fp32. Where there are more, attention runs part by part, and
+# a backward pass computes each again: keys, values, rotations and gradients are several times as large as the queries.
+PART_NUMBERS = 1 << 21
 
 
 def mla_attention(spec: MLASpec, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -27,22 +32,43 @@ def mla_attention(spec: MLASpec, tensors: Mapping[str, Tensor], x: Tensor) -> Te
 
 def mla_heads(spec: MLASpec, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """`mla_attention` before the output projection: [windows, length, H v]."""
-    s, n = spec, spec.qk_nope_head_dim
+    s = spec
     q, row = _projected(spec, tensors, x)
     latent, k_rope = row.split((s.kv_lora_rank, s.rope_width), -1)
     if s.latent_norm_eps is not None:
         latent = _normed(latent, tensors["kv_a_layernorm.weight"], s.latent_norm_eps)
     q = q.transpose(1, 2)  # [windows, H, length, n + dr]
-    kv = F.linear(latent, tensors["kv_b_proj.weight"]).unflatten(-1, (s.num_heads, -1)).transpose(1, 2)
-    k, v = kv.split((n, s.v_head_dim), -1)
+    turn = None
     if s.qk_rope_head_dim:
         turn = _turns(s, x)
-        heads_of_group = s.num_heads // s.rope_groups
         k_rope = _rotate(k_rope.unflatten(-1, (s.rope_groups, -1)).transpose(1, 2), turn, s.rope.layout)
-        q_rope = _rotate(q[..., n:], turn.repeat_interleave(heads_of_group, 0), s.rope.layout)
-        q = torch.cat((q[..., :n], q_rope), -1)
-        k = torch.cat((k, k_rope.repeat_interleave(heads_of_group, 1)), -1)
-    return _attend(spec, q, k, v).transpose(1, 2).flatten(2)
+    up = tensors["kv_b_proj.weight"].unflatten(0, (s.num_heads, -1))  # [H, n + v, r]
+    group = torch.arange(s.num_heads, device=x.device) // (s.num_heads // s.rope_groups)  # [H]: of rotated keys
+    size = max(1, PART_NUMBERS * s.num_heads // max(1, q.numel()))
+    if size >= s.num_heads:
+        out = _attended(s, q, up, group, latent, k_rope, turn)
+    else:
+        parts = zip(q.split(size, 1), up.split(size), group.split(size), strict=True)
+        made = [checkpoint(_attended, s, *part, latent, k_rope, turn, use_reentrant=False) for part in parts]
+        out = torch.cat(made, 1)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _attended(
+    spec: MLASpec, q: Tensor, up: Tensor, group: Tensor, latent: Tensor, k_rope: Tensor, turn: Tensor | None
+) -> Tensor:
+    """-> [windows, h, length, v], of some of the heads.
+
+    Of these: q [windows, h, length, n + dr], not rotated, up [h, n + v, r] and group, int64 [h]. Of all: latent
+    [windows, length, r], k_rope [windows, G, length, dr], rotated, and `_turns`; None where there is no RoPE.
+    """
+    n = spec.qk_nope_head_dim
+    kv = F.linear(latent, up.flatten(0, 1)).unflatten(-1, up.shape[:2]).transpose(1, 2)
+    k, v = kv.split((n, spec.v_head_dim), -1)
+    if turn is not None:
+        q = torch.cat((q[..., :n], _rotate(q[..., n:], turn[group], spec.rope.layout)), -1)
+        k = torch.cat((k, k_rope[:, group]), -1)
+    return _attend(spec, q, k, v)
 
 
 def _projected(spec: MLASpec, tensors: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

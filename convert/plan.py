@@ -140,6 +140,7 @@ def _score_aware_sizes(
     weights: Sequence[float],
 ) -> Candidate:
     """An Allocation's `allocate`."""
+    numbers: Sequence[float]
     if budgets == "shared":
         numbers = shared_budget.shared_budgets(layers, ratio, found, weights)
     else:

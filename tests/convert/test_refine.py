@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert import conversion
+from convert import conversion, differentiable
 from convert.cli import main
 from convert.differentiable import mla_attention, mla_heads
 from convert.joint import JointOptions, refine_jointly
@@ -77,6 +77,29 @@ def test_the_differentiable_forward_is_the_engines(settings: dict[str, Any]) -> 
     table = Rotary([rope_key(spec)], x.device).tables(batch.positions)[0]
     expected = MLAttention(spec, tensors)(x.flatten(0, 1), batch, cache, table)
     torch.testing.assert_close(mla_attention(spec, tensors, x).flatten(0, 1), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", SPECS.values(), ids=SPECS.keys())
+def test_heads_in_parts_are_heads_together(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, and gradients of all weights."""
+    spec = mla(**settings)
+    x = normal(3, LENGTH, HIDDEN, seed=9).double()
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        tensors = {name: t.double().requires_grad_() for name, t in weights(spec).items()}
+        out = mla_attention(spec, tensors, x)
+        out.square().sum().backward()
+        return out.detach(), {name: t.grad for name, t in tensors.items() if t.grad is not None}
+
+    together, gradients = run()
+    assert len(gradients) == len(weights(spec))
+    for heads in (1, 3):  # of four
+        monkeypatch.setattr(
+            differentiable, "PART_NUMBERS", heads * 3 * LENGTH * (spec.qk_nope_head_dim + spec.qk_rope_head_dim)
+        )
+        parts, others = run()
+        torch.testing.assert_close(parts, together)
+        torch.testing.assert_close(others, gradients)
 
 
 @pytest.mark.parametrize("o_bias", [True, False])
