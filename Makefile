@@ -10,6 +10,8 @@ PORT   ?= 8000
 SOURCE := demo/stories
 
 .PHONY: serve test compare lint clean
+# A conversion appears whole or not at all; make must not take a file out of it when it is interrupted.
+.PRECIOUS: mla/config.json
 
 serve: mla/config.json
 	$(BIN)/python -m server --model mla --port $(PORT)
