@@ -38,6 +38,11 @@ def typed_config(raw: dict[str, Any], kind: type[T], harmless: AbstractSet[str] 
     for key, value in raw.items():
         known = key in kind.__struct_fields__ or key in HARMLESS or key in harmless or key.startswith("_")
         if not known and value not in (None, False, 0, "", [], {}):
+            if key == "quantization_config":
+                raise CheckpointError(
+                    f"{key} ({value!r:.60}): quantised weights of this model_type are not read; use the checkpoint "
+                    "that they were made from"
+                )
             raise CheckpointError(
                 f"{key} ({value!r:.60}) is not understood; delete it from the file if what the model computes does not "
                 "depend on it"

@@ -46,7 +46,10 @@ class TensorFiles:
             weight_map = _read_index(index)
             names = sorted(set(weight_map.values()))
         else:
-            raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}; other weight files are not read")
+            raise CheckpointError(
+                f"{folder}: has neither {SINGLE} nor {INDEX}; other weight files (*.bin, *.pt, *.gguf) are not read: "
+                "load the model in transformers and save it with save_pretrained, which writes safetensors"
+            )
         self.entries: dict[str, StoredTensor] = {}
         for name in names:
             _check_file(folder / name)

@@ -68,7 +68,7 @@ def attention(spec: ModelSpec) -> GQASpec:
         ({"layer_types": ["full_attention", "sliding_attention"]}, ("layer_types", "sliding")),
         ({"layer_types": ["full_attention", "chunked_attention"]}, ("layer_types", "chunked_attention")),
         ({"layer_types": ["full_attention"]}, ("layer_types", "1 entries", "2")),
-        ({"quantization_config": {"quant_method": "fp8"}}, ("quantization_config", "fp8")),
+        ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "gptq", "made from")),
         ({"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping", "50.0")),
         ({"embedding_multiplier": 12}, ("embedding_multiplier", "12")),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, ("auto_map",)),

@@ -57,6 +57,12 @@ def test_shards_give_what_one_file_gives(tmp_path):
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
+def test_weights_in_another_format(tmp_path):
+    folder, _ = llama_folder(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, str(folder), "*.bin", "save_pretrained")
+
+
 class TestTies:
     EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
