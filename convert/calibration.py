@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from convert.text import encode, read_text, window_bos
 from engine.checkpoint import Checkpoint
 from engine.tokenizer import Tokenizer
 
-# Tokens of a window, of two kinds: near tokens weigh most, and what matters only far apart is seen in long ones alone.
+# Tokens of a window, of two kinds: what matters only far apart is seen in long ones alone, others weigh what is near.
 WINDOW = 256  # as TransMLA has it
 LONG_WINDOW = 2048  # or the context
 MIN_TOKENS = 128
@@ -101,11 +101,14 @@ def _split(ids: list[int], tokens: int, source: Checkpoint, bos: int | None, rec
 
 
 def _lengths(tokens: int, context: int) -> list[int]:
-    """Of the windows that make `tokens` tokens: one long window, as many tokens in short ones, and so on."""
+    """Of the windows that make `tokens` tokens: short ones, three long ones of as many tokens each, and so on."""
     long = min(LONG_WINDOW, context, tokens // 2)
     short = min(WINDOW, long)
-    pair = [long] + [short] * (long // short)
-    lengths = pair * (tokens // sum(pair))
+    lengths: list[int] = []
+    for turn in cycle([[short] * (long // short), [long], [long], [long]]):
+        if sum(lengths) + long > tokens:
+            break
+        lengths += turn
     return lengths + [short] * math.ceil((tokens - sum(lengths)) / short)
 
 
