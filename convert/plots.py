@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 STYLES = ("-", "--", "-.", ":")  # of cache ratios, in order
 MARKERS = "os^vD"  # of methods
 SUFFIXES = (".png", ".svg", ".pdf")
-LEAST_KL = 1e-6  # of what a logarithmic axis shows; sums in fp32 are no better
+LEAST_KL = 1e-4  # what is less is drawn here: nobody reads it off, and it would leave the rest a third of the axis
+KL_LABEL = "KL to the source, nats per token (1e-4: or less)"
 
 
 def check_plot_target(path: Path | None) -> None:
@@ -55,14 +56,14 @@ def plot_comparison(report: Mapping[str, Any], path: Path) -> None:
                 _draw_by_position(position, row, f"C{i}", style)
         full = rows[0]["reference_cache_bytes_per_token"]
         size.axvline(full, color="tab:gray", linewidth=1, label="the source's cache")
-        size.set(title=report["model"], xlabel="cache bytes per token", ylabel="KL to the source, nats per token",
+        size.set(title=report["model"], xlabel="cache bytes per token", ylabel=KL_LABEL,
                  xscale="log", yscale="log")  # fmt: skip
         ticks = [ratio * full for ratio in ratios]
         size.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         size.minorticks_off()
         size.legend(fontsize=8)
         for i, ratio in enumerate(ratios):
-            position.plot([], [], STYLES[i % len(STYLES)], color="black", label=f"{ratio:.1%} of the cache")
+            position.plot([], [], STYLES[i % len(STYLES)], color="black", label=f"{100 * ratio:g} % of the cache")
         position.set(title="by position")
         position.legend(fontsize=8)
 
@@ -71,7 +72,7 @@ def _draw_by_position(axis: Axes, row: Mapping[str, Any], colour: str, style: st
     buckets = row["kl_by_position"]
     kl = [max(bucket["kl"], LEAST_KL) for bucket in buckets]
     axis.plot([bucket["from"] for bucket in buckets], kl, style, marker=".", color=colour)
-    axis.set(xlabel="tokens that came before (at least)", ylabel="KL to the source, nats per token")
+    axis.set(xlabel="tokens that came before (at least)", ylabel=KL_LABEL)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
 
